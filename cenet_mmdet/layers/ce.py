@@ -1,0 +1,247 @@
+"""Channel Equilibrium layer.
+
+Paper: "Channel Equilibrium Networks for Learning Deep Representation",
+Shao, Tang, et al., ICML 2020. Section and equation numbers refer to it.
+
+A forward pass is moments (`moments.py`) -> operator (`whitening.py`,
+`reweighting.py`, `operator.py`) -> apply (`apply.py`). Only the first and the
+last touch the feature map, each with one batched product; what lies between
+is d x d algebra in float32 (float64 for float64 input).
+"""
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .apply import apply_operator, apply_weights
+from .moments import instance_variance, moments, statistics_dtype
+from .operator import mix
+from .released import rename_released_keys
+from .reweighting import InstanceReweighting, instance_scale
+from .whitening import batch_mean, covariance, newton_whitening
+
+FREEZE_MODES = ('none', 'adaptive', 'all')
+
+
+class CE(nn.Module):
+    r"""Channel Equilibrium: put it after a normalization layer, before the ReLU.
+
+    .. math:: p_n = [\lambda W + (1 - \lambda)\,\mathrm{diag}(w_n)]\, x_n
+
+    W whitens groups of channels with the batch covariance (batch
+    decorrelation, BD, section 3.1), w_n reweights the channels of one sample
+    by their variances (instance reweighting, IR, section 3.2), and lambda is
+    the sigmoid of a learned scalar.
+
+    In evaluation, W and the scale s of the weights are running averages;
+    w_n still depends on the sample, and only on it.
+
+    Args:
+        in_channels: number of channels C.
+        group_size: channels d per whitening group; None for one group of all
+            channels, as in the paper's text. A size that does not divide C is
+            halved until it does, as in the released code; ``repr`` shows the
+            size in use.
+        num_iters: Newton iterations T.
+        eps: added to the diagonal of the covariance, and lower bound of the
+            mean variance that s is the root of.
+        momentum: weight of the new value in the running averages.
+        reduction: the IR subnetwork's hidden width is C / reduction.
+        bd_ratio: None to learn lambda, or its fixed value: 1.0 is BD alone and
+            0.0 IR alone (Table 4); the unused branch is then left out.
+        freeze: 'none'; 'adaptive' freezes lambda and the IR subnetwork; 'all'
+            also uses the running statistics, whatever ``train()`` is called.
+        device, dtype: of the parameters and buffers.
+
+    Shape:
+        - Input: (N, C), (N, C, L) or (N, C, H, W), or more spatial dimensions.
+        - Output: as the input. An empty input gives an empty output and
+          leaves the statistics as they are.
+
+    Where a sample has one pixel (H * W = 1) it has no variance: v_n is 0 and
+    s is the running one, also in training.
+
+    Raises:
+        ValueError: for an argument out of its range, or input of another
+            rank or number of channels.
+    """
+    _version = 1
+    _abbr_ = 'ce'  # MMCV names plugin layers after this: block.ce
+
+    def __init__(self,
+                 in_channels: int,
+                 group_size: Optional[int] = 16,
+                 num_iters: int = 3,
+                 eps: float = 1e-5,
+                 momentum: float = 0.1,
+                 reduction: int = 4,
+                 bd_ratio: Optional[float] = None,
+                 freeze: str = 'none',
+                 device=None,
+                 dtype=None) -> None:
+        super().__init__()
+        _check_integers(in_channels=in_channels, num_iters=num_iters, reduction=reduction)
+        if group_size is not None:
+            _check_integers(group_size=group_size)
+        if not 0 < eps < float('inf'):
+            raise ValueError(f'eps must be a positive number, got {eps!r}')
+        if not 0 <= momentum <= 1:
+            raise ValueError(f'momentum must lie in [0, 1], got {momentum!r}')
+        if bd_ratio is not None and not 0 <= bd_ratio <= 1:
+            raise ValueError(f'bd_ratio must be None (learned) or lie in [0, 1], got {bd_ratio!r}')
+        if freeze not in FREEZE_MODES:
+            raise ValueError(f'freeze must be one of {FREEZE_MODES}, got {freeze!r}')
+
+        self.in_channels = in_channels
+        self.group_size = fitting_group_size(in_channels, group_size)
+        self.num_groups = in_channels // self.group_size
+        self.num_iters = num_iters
+        self.eps = eps
+        self.momentum = momentum
+        self.reduction = reduction
+        self.bd_ratio = bd_ratio
+        self.freeze = freeze
+
+        factory = dict(device=device, dtype=dtype)
+        if self.has_bd:
+            shape = (self.num_groups, self.group_size, self.group_size)
+            self.register_buffer('running_mean', torch.empty(in_channels, **factory))
+            self.register_buffer('running_whitening', torch.empty(shape, **factory))
+        if self.has_ir:
+            self.register_buffer('running_scale', torch.empty(1, **factory))
+            self.reweighting = InstanceReweighting(in_channels, reduction, **factory)
+        if bd_ratio is None:
+            self.lambda_logit = nn.Parameter(torch.empty(1, **factory))
+        # 0 says that the statistics were neither trained nor loaded.
+        self.register_buffer('num_batches_tracked',
+                             torch.tensor(0, dtype=torch.long, device=device))
+        self.reset_parameters()
+        if freeze != 'none':
+            self.requires_grad_(False)
+
+    @property
+    def has_bd(self) -> bool:
+        """Whether there is a batch decorrelation branch."""
+        return self.bd_ratio != 0
+
+    @property
+    def has_ir(self) -> bool:
+        """Whether there is an instance reweighting branch."""
+        return self.bd_ratio != 1
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether the next forward takes W and s from its batch and tracks them."""
+        return self.training and self.freeze != 'all'
+
+    def reset_running_stats(self) -> None:
+        """W = I and s = 1: until the first batch, CE neither mixes nor rescales."""
+        if self.has_bd:
+            self.running_mean.zero_()
+            identity = torch.eye(self.group_size, out=torch.empty_like(self.running_whitening[0]))
+            self.running_whitening.copy_(identity)
+        if self.has_ir:
+            self.running_scale.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """lambda = 0.5, framework default for the IR subnetwork, statistics unset."""
+        self.reset_running_stats()
+        if self.has_ir:
+            self.reweighting.reset_parameters()
+        if self.bd_ratio is None:
+            nn.init.zeros_(self.lambda_logit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f'CE expects (N, {self.in_channels}), (N, {self.in_channels}, L) or '
+                             f'(N, {self.in_channels}, H, W), got {tuple(x.shape)}')
+        # The operator's algebra must not run in half precision, and the output
+        # keeps the input's type.
+        with torch.autocast(x.device.type, enabled=False):
+            # The pixels are counted because -1 is ambiguous for an empty batch.
+            grouped = x.reshape(len(x), self.num_groups, self.group_size, x.shape[2:].numel())
+            # An empty batch has no statistics of its own.
+            if self.uses_batch_statistics and grouped.numel():
+                whitening, variance, scale = self._batch_statistics(grouped)
+            else:
+                whitening, variance, scale = self._running_statistics(grouped)
+            return self._equilibrate(grouped, whitening, variance, scale).reshape(x.shape)
+
+    Statistics = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+
+    def _batch_statistics(self, x: Tensor) -> Statistics:
+        """W, v_n and s of this batch, of which W and s are tracked."""
+        whitening = variance = scale = mean = None
+        if self.has_bd:
+            batch = moments(x)
+            mean = batch_mean(batch)
+            whitening = newton_whitening(covariance(batch, self.eps), self.num_iters)
+        if self.has_ir:
+            variance = (batch.scatter.diagonal(dim1=-2, dim2=-1) / max(batch.pixels - 1, 1)
+                        if self.has_bd else instance_variance(x))
+            scale = (instance_scale(variance, self.eps) if x.shape[-1] > 1
+                     else self.running_scale.to(variance.dtype))
+        self._track(mean, whitening, scale)
+        return whitening, variance, scale
+
+    def _running_statistics(self, x: Tensor) -> Statistics:
+        """The tracked W and s, and v_n, which is the sample's own."""
+        dtype = statistics_dtype(x.dtype)
+        whitening = self.running_whitening.to(dtype) if self.has_bd else None
+        if not self.has_ir:
+            return whitening, None, None
+        return whitening, instance_variance(x), self.running_scale.to(dtype)
+
+    @torch.no_grad()
+    def _track(self, mean, whitening, scale) -> None:
+        """running = (1 - momentum) * running + momentum * new."""
+        if self.has_bd:
+            self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), self.momentum)
+            self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype),
+                                         self.momentum)
+        if self.has_ir:
+            self.running_scale.lerp_(scale.to(self.running_scale.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
+
+    def _equilibrate(self, x: Tensor, whitening, variance, scale) -> Tensor:
+        """p_n of the class docstring, for x (N, G, d, L)."""
+        if not self.has_ir:
+            return apply_operator(whitening, x)
+        gates = self.reweighting(variance.reshape(len(x), self.in_channels))
+        weights = gates.reshape(variance.shape) / scale  # w_n = F(v_n) / s, eq. 8
+        if not self.has_bd:
+            return apply_weights(weights, x)
+        return apply_operator(mix(self.ratio(weights.dtype), whitening, weights), x)
+
+    def ratio(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """lambda, the weight of BD against IR: scalar tensor in [0, 1]."""
+        if self.bd_ratio is None:
+            return self.lambda_logit.to(dtype).sigmoid().squeeze(0)
+        return torch.tensor(self.bd_ratio, dtype=dtype,
+                            device=self.num_batches_tracked.device)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        rename_released_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        ratio = 'learned' if self.bd_ratio is None else self.bd_ratio
+        return (f'{self.in_channels}, group_size={self.group_size}, num_iters={self.num_iters}, '
+                f'eps={self.eps}, momentum={self.momentum}, reduction={self.reduction}, '
+                f'bd_ratio={ratio}, freeze={self.freeze!r}')
+
+
+def fitting_group_size(channels: int, group_size: Optional[int]) -> int:
+    """The largest of group_size, group_size / 2, ... that divides `channels`."""
+    if group_size is None:
+        return channels
+    while channels % group_size:
+        group_size //= 2
+    return group_size
+
+
+def _check_integers(**arguments) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f'{name} must be an integer >= 1, got {value!r}')

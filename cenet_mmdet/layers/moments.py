@@ -1,0 +1,89 @@
+"""Step 1 of a CE layer: moments of the feature map.
+
+This is one of the two places that read the feature map (`apply.py` is the
+other). Means and sums of squares are taken per sample about the sample's own
+mean and combined over the batch afterwards (Chan et al., 1983). E[x^2] - E[x]^2
+would lose all digits of an inhibited channel, whose offset is far larger than
+its deviation. Both functions keep nothing for the backward pass but the
+feature map itself, which the network holds anyway.
+"""
+from typing import NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class Moments(NamedTuple):
+    """Per-sample moments of a grouped feature map (N, G, d, L), L pixels each."""
+    pixels: int  # L
+    mean: Tensor  # (N, G, d)
+    scatter: Tensor  # (N, G, d, d), sum over pixels of (x - mean)(x - mean)^T
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32 for half precision input, float64 stays float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def moments(x: Tensor) -> Moments:
+    """Means and scatter matrices of every sample and group of x (N, G, d, L)."""
+    n, groups, d, pixels = x.shape
+    mean, scatter = _CentredScatter.apply(x.reshape(n * groups, d, pixels))
+    return Moments(pixels, mean.view(n, groups, d), scatter.view(n, groups, d, d))
+
+
+def instance_variance(x: Tensor) -> Tensor:
+    """Unbiased variance over the pixels of x (N, G, d, L): (N, G, d), 0 where L = 1."""
+    _, squares = _CentredSquares.apply(x)
+    return squares / max(x.shape[-1] - 1, 1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over the pixels, 0 where there are none."""
+    return x.sum(-1, dtype=statistics_dtype(x.dtype)) / max(x.shape[-1], 1)
+
+
+class _CentredScatter(Function):
+    """x (B, d, L) -> mean (B, d), scatter (B, d, d), by one batched product."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
+        mean = _mean(x)
+        centred = x - mean.unsqueeze(-1)
+        return mean, centred @ centred.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_scatter: Tensor) -> Tensor:
+        # d scatter has no part through the mean: the deviations sum to zero.
+        # grad_x = (grad_scatter + grad_scatter^T)(x - mean) + grad_mean / L
+        x, mean = ctx.saved_tensors
+        symmetric = grad_scatter + grad_scatter.mT
+        constant = grad_mean / max(x.shape[-1], 1) - (symmetric @ mean.unsqueeze(-1)).squeeze(-1)
+        grad_x = torch.baddbmm(constant.unsqueeze(-1), symmetric, x.to(symmetric.dtype))
+        return grad_x.to(x.dtype)
+
+
+class _CentredSquares(Function):
+    """x (..., L) -> mean (...), sum over the pixels of (x - mean)^2 (...)."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
+        mean = _mean(x)
+        # A norm is one pass; torch.var over the pixels is several times slower on CPU.
+        return mean, torch.linalg.vector_norm(x - mean.unsqueeze(-1), dim=-1).square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_squares: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        constant = grad_mean / max(x.shape[-1], 1) - 2 * grad_squares * mean
+        grad_x = torch.addcmul(constant.unsqueeze(-1), 2 * grad_squares.unsqueeze(-1), x)
+        return grad_x.to(x.dtype)

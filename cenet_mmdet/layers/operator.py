@@ -1,0 +1,17 @@
+"""Step 3 of a CE layer: one d x d operator per sample and group."""
+import torch
+from torch import Tensor
+
+
+def mix(ratio: Tensor, whitening: Tensor, weights: Tensor) -> Tensor:
+    """D_n^(-1/2) of eq. 4: lambda * W + (1 - lambda) * diag(w_n).
+
+    Args:
+        ratio: lambda, scalar.
+        whitening: W, (G, d, d).
+        weights: w_n, (N, G, d).
+
+    Returns:
+        The operator of every sample and group, (N, G, d, d).
+    """
+    return ratio * whitening + torch.diag_embed((1 - ratio) * weights)

@@ -1,0 +1,49 @@
+"""Batch decorrelation (BD): the whitening matrix of section 3.1.
+
+Small algebra on d x d matrices; nothing here sees the feature map.
+"""
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+
+def batch_mean(moments: Moments) -> Tensor:
+    """Mean over all samples and pixels: (G, d)."""
+    return moments.mean.mean(0)
+
+
+def covariance(moments: Moments, eps: float) -> Tensor:
+    """Biased covariance over all samples and pixels, plus eps * I: (G, d, d).
+
+    The samples' scatter matrices and the scatter of their means about the
+    batch mean add up to the scatter of the whole batch.
+    """
+    samples, _, d = moments.mean.shape
+    between = (moments.mean - batch_mean(moments)).permute(1, 2, 0)  # (G, d, N)
+    scatter = moments.scatter.sum(0) + moments.pixels * between @ between.mT
+    identity = torch.eye(d, dtype=scatter.dtype, device=scatter.device)
+    return scatter / (samples * moments.pixels) + eps * identity
+
+
+def newton_whitening(sigma: Tensor, num_iters: int) -> Tensor:
+    """Newton's iteration for the inverse square root of sigma / trace(sigma), eq. 6.
+
+    Like the paper, and unlike IterNorm, this does not multiply by
+    trace(sigma)^(-1/2) afterwards. The gain is at most 1.5^num_iters.
+
+    Args:
+        sigma: covariance matrices, (G, d, d).
+        num_iters: number of iterations T, at least 1.
+
+    Returns:
+        The whitening matrices W, (G, d, d).
+    """
+    trace = sigma.diagonal(dim1=-2, dim2=-1).sum(-1)
+    sigma_n = sigma / trace[..., None, None]
+    identity = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
+    p = 1.5 * identity - 0.5 * sigma_n  # P_1; P_0 = I needs no product
+    for _ in range(num_iters - 1):
+        # P_{k+1} = 1.5 P_k - 0.5 P_k^3 Sigma_N
+        p = torch.baddbmm(p, p @ p, p @ sigma_n, beta=1.5, alpha=-0.5)
+    return p

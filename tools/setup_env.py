@@ -1,0 +1,308 @@
+#!/usr/bin/env python3
+"""Create the project's virtual environment and prove that it works.
+
+    python3 tools/setup_env.py            # creates or completes .venv
+    python3 tools/setup_env.py --venv /tmp/ce --check
+
+Safe to run again at any time, also after an interruption: finished steps are
+recognised and skipped, an interrupted one is repeated. Honours pip's own
+variables (PIP_FIND_LINKS, PIP_INDEX_URL, ...). Needs only a Python >= 3.10;
+the environment of the caller is never touched.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / 'build'
+
+# mmcv's build needs setuptools >= 80; pkg_resources is gone from 81 on.
+BASICS = ('pip>=23.2', 'setuptools>=80,<81', 'wheel', 'ninja', 'psutil')
+TORCH = ('torch==2.13.0', 'numpy>=2.2,<2.3')
+MMENGINE = 'onedl-mmengine==0.10.12'
+MMCV = 'onedl-mmcv==2.3.6'
+MMDET = 'onedl-mmdetection==3.5.1'
+# opencv-python (asked for by mmcv) and its headless twin share one folder.
+# Installed last, the headless one needs no libGL, so a bare server works too.
+OPENCV = 'opencv-python-headless==4.12.0.88'
+
+# What the finished environment must be able to do, run inside it.
+CHECK = '''
+import cv2, mmcv, mmdet, mmengine, numpy, torch
+import mmcv._ext
+from mmcv.ops import batched_nms, get_compiling_cuda_version, roi_align
+from mmdet.utils import register_all_modules
+register_all_modules()
+devices = ['cpu'] + ['cuda'] * torch.cuda.is_available()
+for device in devices:
+    boxes = torch.tensor([[0., 0, 9, 9], [0, 0, 9, 8], [20, 20, 30, 30]], device=device)
+    kept = batched_nms(boxes, torch.tensor([.9, .8, .7], device=device),
+                       torch.zeros(3, dtype=torch.long, device=device),
+                       dict(type='nms', iou_threshold=.5))[1]
+    if kept.tolist() != [0, 2]:
+        raise SystemExit(f'nms on {device} kept boxes {kept.tolist()} instead of [0, 2]')
+    rois = torch.tensor([[0., 0, 0, 8, 8]], device=device)
+    pooled = roi_align(torch.ones(1, 2, 16, 16, device=device), rois, (7, 7))
+    if not torch.equal(pooled, torch.ones_like(pooled)):
+        raise SystemExit(f'roi_align on {device} is wrong on a constant map')
+print(f'torch {torch.__version__}, mmengine {mmengine.__version__}, mmcv {mmcv.__version__} '
+      f'(CUDA operators: {get_compiling_cuda_version()}), mmdet {mmdet.__version__}, '
+      f'operators run on {" and ".join(devices)}')
+'''
+
+
+class SetupError(Exception):
+    """A failed step; the message ends in what the user can do."""
+
+
+class Steps:
+    """Runs commands one by one, showing what runs, for how long and how far it is."""
+
+    def __init__(self, log, marker):
+        self.log, self.marker, self.start = log, marker, time.time()
+        # The step that was running when an earlier set-up was interrupted.
+        self.interrupted = marker.read_text() if marker.exists() else None
+
+    def say(self, text, end='\n'):
+        minutes, seconds = divmod(int(time.time() - self.start), 60)
+        print(f'[{minutes:2d}:{seconds:02d}] {text}', end=end, flush=True)
+
+    def run(self, title, command, fix, cwd=None, progress=None):
+        """Run one command into the log; `progress` turns its lines into a status text."""
+        self.say(title)
+        self.marker.write_text(title)
+        status = {'text': 'working'}
+        done = threading.Event()
+        ticker = threading.Thread(target=self._tick, args=(title, status, done), daemon=True)
+        ticker.start()
+        tail = []
+        try:
+            with open(self.log, 'a', encoding='utf-8') as log:
+                log.write(f'\n### {title}\n{command}\n')
+                process = subprocess.Popen(
+                    command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL, text=True, errors='replace')
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    tail = [*tail[-14:], line.rstrip()[:300]]
+                    status['text'] = (progress and progress(line)) or status['text']
+                code = process.wait()
+        finally:
+            done.set()
+            ticker.join()
+        if code:
+            print('\n'.join(f'    {line}' for line in tail), file=sys.stderr)
+            raise SetupError(f'"{title}" failed (whole log: {self.log}). {fix}')
+        self.marker.unlink()
+
+    def _tick(self, title, status, done):
+        terminal = sys.stdout.isatty()
+        while not done.wait(1 if terminal else 30):
+            self.say(f'{title}: {status["text"]}', end='\033[K\r' if terminal else '\n')
+        if terminal:
+            print('\033[K', end='', flush=True)
+
+    def pip(self, title, *arguments, python, fix=None):
+        """pip install; a step that an interruption cut short is installed anew."""
+        repeat = ['--force-reinstall'] if self.interrupted == title else []
+        self.run(title, [python, '-m', 'pip', 'install', '--disable-pip-version-check',
+                         *repeat, *arguments],
+                 fix or 'Check the network or PIP_FIND_LINKS / PIP_INDEX_URL, then run it again.',
+                 progress=pip_progress)
+
+
+def pip_progress(line):
+    """What pip is busy with: 'Collecting torch', 'Downloading ... (190 MB)', ..."""
+    found = re.match(r'\s*(Collecting|Downloading|Building|Installing|Processing) (.{1,80})', line)
+    return found and found.group(0).strip()
+
+
+def ninja_progress():
+    """Turns ninja's '[45/132] c++ ...' lines into a share and an estimate of what is left."""
+    first = []
+
+    def progress(line):
+        found = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+        if not found:
+            return None
+        done, total = map(int, found.groups())
+        first.append((time.time(), done)) if not first else None
+        began, skipped = first[0]
+        rate = (time.time() - began) / max(done - skipped, 1)
+        left = f', about {max(1, round((total - done) * rate / 60))} min left' * (done > skipped + 3)
+        return f'compiled {done} of {total} files{left}'
+
+    return progress
+
+
+def version_of(python, requirement):
+    """Installed version of `name==version`, or None; reads metadata only, imports nothing."""
+    name = re.split('[=<>]', requirement)[0]
+    code = f'from importlib.metadata import version; print(version("{name}"))'
+    answer = subprocess.run([python, '-c', code], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def pinned(python, requirement):
+    version = version_of(python, requirement)
+    # A local part (2.13.0+cpu) does not change which release it is.
+    return version is not None and version.split('+')[0] == requirement.split('==')[1]
+
+
+def operators_work(python):
+    """mmcv's compiled operators load, with CUDA ones where torch sees a GPU."""
+    code = ('import torch, mmcv._ext; from mmcv.ops import get_compiling_cuda_version as v; '
+            'raise SystemExit(torch.cuda.is_available() and "." not in v())')
+    return subprocess.run([python, '-c', code], capture_output=True).returncode == 0
+
+
+def create_venv(steps, venv, python):
+    if Path(python).exists() and steps.interrupted != 'virtual environment':
+        return
+    steps.run('virtual environment', [sys.executable, '-m', 'venv', str(venv)],
+              'Install the venv module (Debian, Ubuntu: apt-get install python3-venv).')
+
+
+def install_mmcv(steps, python):
+    """A wheel if one is offered and its operators load here; else a build from source."""
+    interrupted = (steps.interrupted or '').startswith('mmcv')
+    if pinned(python, MMCV) and operators_work(python) and not interrupted:
+        return
+    built = build_folder(python)
+    # A wheel in pip's cache may have been built without operators: do not use it.
+    wheel = [python, '-m', 'pip', 'install', '--no-deps', '--no-cache-dir', '--force-reinstall',
+             '--only-binary', ':all:', '--find-links', str(built), MMCV]
+    try:
+        steps.run('mmcv from a ready wheel', wheel, '')
+    except SetupError:
+        steps.say('no ready mmcv wheel: building it from source (10 to 30 minutes)')
+    else:
+        if operators_work(python):
+            return
+        steps.say('that wheel does not fit this torch or GPU: building mmcv from source')
+    build_mmcv(steps, python, built)
+    steps.run('mmcv as built', wheel, f'Delete {built} and run it again.')
+    if not operators_work(python):
+        raise SetupError('mmcv was built, but its operators do not load. '
+                         f'Delete {built} and run it again; the log is {steps.log}.')
+
+
+def build_folder(python):
+    """One build folder per interpreter and torch build, so that no stale object is reused."""
+    code = ('import sys, torch; print(f"mmcv-cp{sys.version_info[0]}{sys.version_info[1]}'
+            '-torch{torch.__version__}" + "-cuda" * torch.cuda.is_available())')
+    return BUILD / subprocess.check_output([python, '-c', code], text=True).strip()
+
+
+def build_mmcv(steps, python, folder):
+    """Compile mmcv in place, so that a repeated run goes on where ninja stopped."""
+    gpu = folder.name.endswith('-cuda')
+    if not shutil.which('c++') and not os.environ.get('CXX'):
+        raise SetupError('mmcv needs a C++17 compiler and none was found. '
+                         'Install one (Debian, Ubuntu: apt-get install g++), then run it again.')
+    if gpu and not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
+        raise SetupError('This machine has a GPU, but no CUDA compiler to build mmcv\'s operators '
+                         'with. Install the CUDA toolkit that torch was built for (see '
+                         'python -c "import torch; print(torch.version.cuda)"), put nvcc on PATH '
+                         'and run it again, or run it with CUDA_VISIBLE_DEVICES= for CPU only.')
+    source = folder / MMCV.replace('onedl-mmcv==', 'onedl_mmcv-')
+    if not (source / 'setup.py').exists():
+        fetch_source(steps, python, folder, source)
+    # mmcv would start at least four compilers, whatever the machine has.
+    os.environ.setdefault('MAX_JOBS', str(len(os.sched_getaffinity(0))
+                                          if hasattr(os, 'sched_getaffinity')
+                                          else os.cpu_count() or 1))
+    os.environ['MMCV_WITH_OPS'] = '1'
+    # Without build isolation: in pip's own build environment torch is missing
+    # and mmcv comes out without operators, silently.
+    steps.run('mmcv: compiling the operators',
+              [python, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-build-isolation',
+               '--wheel-dir', str(folder), str(source)],
+              'If memory ran out, try again with MAX_JOBS=1.', progress=ninja_progress())
+
+
+def fetch_source(steps, python, folder, source):
+    folder.mkdir(parents=True, exist_ok=True)
+    steps.run('mmcv: source', [python, '-m', 'pip', 'download', '--no-deps',
+                               '--no-build-isolation', '--no-binary', ':all:',
+                               '--dest', str(folder), MMCV],
+              'Check the network, then run it again.')
+    archive = next(folder.glob('*.tar.gz'))
+    partial = folder / 'partial'
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(partial)
+    (partial / source.name).rename(source)
+
+
+def check(steps, python):
+    answer = subprocess.run([python, '-W', 'ignore', '-c', CHECK], capture_output=True, text=True)
+    if answer.returncode:
+        last = (answer.stderr.strip() or 'no message').splitlines()[-1]
+        raise SetupError(f'The installed stack does not work: {last}. '
+                         f'Delete {Path(python).parent.parent} and run the set-up again.')
+    steps.say(answer.stdout.strip().splitlines()[-1])
+
+
+def set_up(venv):
+    if sys.version_info < (3, 10):
+        raise SetupError(f'The pinned stack needs Python >= 3.10, this is {sys.version.split()[0]}. '
+                         'Name a newer one, for example: make test PYTHON=python3.11')
+    venv.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(exist_ok=True)
+    python = str(venv / 'bin' / 'python')
+    steps = Steps(log=BUILD / 'setup.log', marker=venv / 'INTERRUPTED')
+    ready = venv / 'READY'
+    recipe = Path(__file__).read_text(encoding='utf-8') + (ROOT / 'setup.py').read_text()
+    if ready.exists() and ready.read_text() == recipe and not steps.interrupted:
+        return
+    ready.unlink(missing_ok=True)
+    steps.say(f'setting up {venv} (log: {steps.log})')
+    create_venv(steps, venv, python)
+    steps.pip('build tools', *BASICS, python=python)
+    if not pinned(python, TORCH[0]) or steps.interrupted == 'torch':
+        steps.pip('torch', *TORCH, python=python)
+    if not pinned(python, MMENGINE) or steps.interrupted == 'mmengine':
+        # with what mmcv imports, so that its operators can be tried before mmdet comes
+        steps.pip('mmengine', MMENGINE, OPENCV, 'pillow', TORCH[1], python=python)
+    install_mmcv(steps, python)
+    # One resolution over all pins, so that no dependency moves another's.
+    steps.pip('mmdet', '--no-build-isolation', *TORCH, MMENGINE, MMCV, MMDET, OPENCV,
+              python=python)
+    steps.pip('headless opencv', '--force-reinstall', '--no-deps', OPENCV, python=python)
+    steps.pip('cenet-mmdet', '--no-build-isolation', '--editable', f'{ROOT}[dev]',
+              python=python)
+    check(steps, python)
+    ready.write_text(recipe)
+    steps.say('ready')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--venv', type=Path, default=ROOT / '.venv',
+                        help='folder of the virtual environment (default: .venv in the project)')
+    parser.add_argument('--check', action='store_true',
+                        help='also run the final check when nothing had to be installed')
+    arguments = parser.parse_args()
+    venv = arguments.venv.absolute()
+    try:
+        set_up(venv)
+        if arguments.check:
+            check(Steps(BUILD / 'setup.log', venv / 'INTERRUPTED'), str(venv / 'bin' / 'python'))
+    except SetupError as error:
+        sys.exit(f'set-up: {error}')
+    except KeyboardInterrupt:
+        sys.exit('set-up: interrupted. Run the same command again to go on.')
+
+
+if __name__ == '__main__':
+    main()
