@@ -1,5 +1,25 @@
-"""Channel Equilibrium networks for MMDetection."""
+"""Channel Equilibrium networks for MMDetection.
+
+Importing the package registers CE and, where MMDetection is installed, the
+backbones in MMEngine's root registry, which every OpenMMLab library sees:
+
+    custom_imports = dict(imports=['cenet_mmdet'])
+
+The layers themselves need torch alone.
+"""
+from importlib.util import find_spec
+
 from .layers import CE
 
 __version__ = '0.1.0'
 __all__ = ['CE']
+
+if find_spec('mmengine'):
+    from mmengine.registry import MODELS
+
+    MODELS.register_module(module=CE)
+
+if find_spec('mmdet'):
+    from .backbones import CEResNet  # noqa: F401
+
+    __all__ += ['CEResNet']

@@ -1,0 +1,244 @@
+"""ResNet with Channel Equilibrium layers; everything else is MMDetection's ResNet."""
+import logging
+import re
+from collections import Counter
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+
+from ..layers import CE
+
+# The released ResNet-50 whitens all 64 channels of the stem in one group.
+STEM_GROUP_SIZE = 64
+POSITIONS = ('last', 'second')
+
+# Stages whose blocks carry a CE layer unless `ce_blocks` says otherwise.
+# 18 and 101 are the paper's, 50 the released code's. The paper has no 34 and
+# no 152: 34 follows 18 (same blocks), 152 follows 101 (layer1 and layer2).
+DEFAULT_STAGES = {
+    18: (True, True, True, True),
+    34: (True, True, True, True),
+    50: (True, True, True, False),
+    101: (True, True, False, False),
+    152: (True, True, False, False),
+}
+
+CE_KEY = re.compile(r'(^|\.)ce1?\.')
+
+
+class CEBasicBlock(BasicBlock):
+    """BasicBlock that lets CE follow its second norm, which is the last."""
+    last_norm = 'norm2'
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_module('ce', None)
+        _aim_zero_init(self)
+
+    @property
+    def norm2(self) -> nn.Module:
+        return _norm_then_ce(super().norm2, self.ce)
+
+
+class CEBottleneck(Bottleneck):
+    """Bottleneck that lets CE follow its third norm, which is the last, or its second."""
+    last_norm = 'norm3'
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_module('ce', None)
+        self.ce_norm = self.last_norm
+        _aim_zero_init(self)
+
+    @property
+    def norm2(self) -> nn.Module:
+        return _norm_then_ce(super().norm2, self.ce if self.ce_norm == 'norm2' else None)
+
+    @property
+    def norm3(self) -> nn.Module:
+        return _norm_then_ce(super().norm3, self.ce if self.ce_norm == 'norm3' else None)
+
+
+@MODELS.register_module()
+class CEResNet(ResNet):
+    """CE-ResNet: CE after the last norm of residual blocks, before the addition (Figure 2c).
+
+    State dict keys are ResNet's plus `ce1.*` (`stem.ce.*` in a deep stem) and
+    `layerX.Y.ce.*`; ResNet checkpoints and the released CE-ResNet-50 load as
+    they are. `frozen_stages` freezes the CE layers of the stages it covers,
+    the stem's included. `norm_eval` concerns batch norms only; what CE freezes
+    is `ce_cfg=dict(freeze=...)`.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        ce_cfg: arguments of the CE layers; `type` is CE unless given.
+        ce_blocks: for each stage, the indices of the blocks that carry a CE
+            layer, e.g. `[(0, 1, 2), (0, 3), (), ()]`. Default: every block of
+            all stages (18, 34), of the first three (50) or of the first two
+            (101, which makes the paper's seven blocks; 152).
+        ce_stem: whether one more CE layer, with a group size of 64, follows
+            the stem's last norm, as in the released ResNet-50.
+        ce_position: the norm of a block that CE follows: 'last', or 'second'
+            for the paper's ablation (section 5.3).
+        allow_unset: let `freeze='all'` run on statistics that were neither
+            loaded nor trained.
+        zero_init_residual: as in ResNet, but off unless asked for: CE divides
+            by the scale of the features, and a gamma of zero leaves none.
+        **kwargs: the other arguments of MMDetection's ResNet.
+
+    Raises:
+        ValueError: for an unknown depth or position, or a block that does not exist.
+        RuntimeError: if `freeze='all'` would run on unset statistics; when a
+            pretrained checkpoint did not hold them, else in the first forward.
+    """
+    arch_settings = {
+        18: (CEBasicBlock, (2, 2, 2, 2)),
+        34: (CEBasicBlock, (3, 4, 6, 3)),
+        50: (CEBottleneck, (3, 4, 6, 3)),
+        101: (CEBottleneck, (3, 4, 23, 3)),
+        152: (CEBottleneck, (3, 8, 36, 3)),
+    }
+
+    def __init__(self,
+                 depth: int,
+                 ce_cfg: Optional[Dict] = None,
+                 ce_blocks: Optional[Sequence[Sequence[int]]] = None,
+                 ce_stem: bool = True,
+                 ce_position: str = 'last',
+                 allow_unset: bool = False,
+                 zero_init_residual: bool = False,
+                 **kwargs):
+        if depth not in self.arch_settings:
+            raise ValueError(f'depth must be one of {sorted(self.arch_settings)}, got {depth!r}')
+        if ce_position not in POSITIONS:
+            raise ValueError(f'ce_position must be one of {POSITIONS}, got {ce_position!r}')
+        super().__init__(depth, zero_init_residual=zero_init_residual, **kwargs)
+        self.ce_cfg = {'type': 'CE', **(ce_cfg or {})}
+        self.allow_unset = allow_unset
+        self._statistics_checked = False
+        if ce_stem:
+            self._add_stem_ce()
+        self._add_block_ce(ce_blocks, ce_position)
+        self._freeze_stages()  # once more, for the layers just added
+        self.register_load_state_dict_post_hook(_report_ce_keys)
+
+    @property
+    def norm1(self) -> nn.Module:
+        return _norm_then_ce(super().norm1, self._modules.get('ce1'))
+
+    def _add_stem_ce(self) -> None:
+        cfg = {**self.ce_cfg, 'group_size': STEM_GROUP_SIZE}
+        ce = MODELS.build({**cfg, 'in_channels': self.stem_channels})
+        if self.deep_stem:
+            *layers, relu = self.stem.named_children()
+            self.stem = nn.Sequential()
+            for name, layer in [*layers, ('ce', ce), relu]:
+                self.stem.add_module(name, layer)
+        else:
+            self.ce1 = ce
+
+    def _add_block_ce(self, ce_blocks, position: str) -> None:
+        if ce_blocks is None:
+            stages = zip(DEFAULT_STAGES[self.depth], self.stage_blocks)
+            ce_blocks = [range(count) if chosen else () for chosen, count in stages]
+        if len(ce_blocks) != self.num_stages:
+            raise ValueError(f'ce_blocks needs block indices for each of the {self.num_stages} '
+                             f'stages, got {ce_blocks!r}')
+        for stage, indices in zip(self.res_layers, ce_blocks):
+            blocks = getattr(self, stage)
+            for index in indices:
+                if index not in range(len(blocks)):
+                    raise ValueError(f'ce_blocks names block {index!r} of {stage}, which has '
+                                     f'blocks 0 to {len(blocks) - 1}')
+                block = blocks[index]
+                block.ce_norm = block.last_norm if position == 'last' else 'norm2'
+                conv = getattr(block, block.ce_norm.replace('norm', 'conv'))
+                block.ce = MODELS.build({**self.ce_cfg, 'in_channels': conv.out_channels})
+
+    def ce_layers(self) -> Iterator[Tuple[str, CE]]:
+        """Names and modules of the CE layers."""
+        return ((name, m) for name, m in self.named_modules() if isinstance(m, CE))
+
+    def init_weights(self) -> None:
+        """Initialize or load the weights, then log what the CE layers will do in training."""
+        super().init_weights()
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
+        if any(cfg.get('type') == 'Pretrained' for cfg in configs):
+            self._check_statistics()
+        print_log(self.describe_ce(), logger='current')
+
+    def forward(self, x):
+        if not self._statistics_checked:
+            self._check_statistics()
+            self._statistics_checked = True
+        return super().forward(x)
+
+    def _check_statistics(self) -> None:
+        unset = [(name, ce) for name, ce in self.ce_layers()
+                 if not ce.num_batches_tracked and not ce.uses_batch_statistics]
+        frozen = [name for name, ce in unset if ce.freeze == 'all']
+        if frozen and not self.allow_unset:
+            raise RuntimeError(
+                f"CE layers with freeze='all' have statistics that were never loaded or trained: "
+                f'{", ".join(frozen)}. Load a checkpoint that holds them (init_cfg or load_from), '
+                "train with freeze='none' or 'adaptive', or pass allow_unset=True.")
+        if unset and self.training:
+            print_log('CE layers run on initial statistics (W = I, s = 1), as their stage is '
+                      f'frozen and they were never loaded: {", ".join(n for n, _ in unset)}',
+                      logger='current', level=logging.WARNING)
+
+    def describe_ce(self) -> str:
+        """One line: which CE layers learn, and which statistics they use in training."""
+        layers = list(self.ce_layers())
+        learning = [n for n, ce in layers if any(p.requires_grad for p in ce.parameters())]
+        batch = [n for n, ce in layers if ce.freeze != 'all' and not self._in_frozen_stage(n)]
+        names = [n for n, _ in layers]
+        return (f'CE-ResNet-{self.depth}, {len(layers)} CE layers in training: '
+                f'lambda and IR learn in {_by_stage(learning)}, '
+                f'are frozen in {_by_stage(_without(names, learning))}; '
+                f'batch statistics in {_by_stage(batch)}, '
+                f'running statistics in {_by_stage(_without(names, batch))}')
+
+    def _in_frozen_stage(self, name: str) -> bool:
+        stage = _stage(name)
+        return (0 if stage == 'stem' else int(stage[len('layer'):])) <= self.frozen_stages
+
+
+def _norm_then_ce(norm: nn.Module, ce: Optional[nn.Module]) -> nn.Module:
+    """What ResNet's forward and freezing see as the norm; it is registered nowhere."""
+    return norm if ce is None else nn.Sequential(norm, ce)
+
+
+def _aim_zero_init(block: nn.Module) -> None:
+    """Let `zero_init_residual` reach the last norm alone, not the CE behind the property."""
+    if block.init_cfg:
+        block.init_cfg['override']['name'] = getattr(block, f'{block.last_norm}_name')
+
+
+def _report_ce_keys(module: nn.Module, incompatible) -> None:
+    """After loading: one warning for the CE entries that the checkpoint lacks or has too many."""
+    for keys, problem in ((incompatible.missing_keys, 'missing from'),
+                          (incompatible.unexpected_keys, 'unexpected in')):
+        keys = [key for key in keys if CE_KEY.search(key)]
+        if keys:
+            print_log(f'{len(keys)} CE entries {problem} the checkpoint: {", ".join(keys)}',
+                      logger='current', level=logging.WARNING)
+
+
+def _stage(name: str) -> str:
+    """'layer1' of layer1.0.ce; 'stem' of ce1 and stem.ce."""
+    return name.split('.')[0] if name.startswith('layer') else 'stem'
+
+
+def _without(names: List[str], others: List[str]) -> List[str]:
+    return [name for name in names if name not in others]
+
+
+def _by_stage(names: List[str]) -> str:
+    """'stem, layer1 (3), layer2 (4)', or 'none'."""
+    counts = Counter(map(_stage, names))
+    return ', '.join(stage if stage == 'stem' else f'{stage} ({count})'
+                     for stage, count in counts.items()) or 'none'
