@@ -36,7 +36,6 @@ class CEBasicBlock(BasicBlock):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_module('ce', None)
-        _aim_zero_init(self)
 
     @property
     def norm2(self) -> nn.Module:
@@ -51,7 +50,6 @@ class CEBottleneck(Bottleneck):
         super().__init__(*args, **kwargs)
         self.register_module('ce', None)
         self.ce_norm = self.last_norm
-        _aim_zero_init(self)
 
     @property
     def norm2(self) -> nn.Module:
@@ -122,6 +120,8 @@ class CEResNet(ResNet):
         if ce_stem:
             self._add_stem_ce()
         self._add_block_ce(ce_blocks, ce_position)
+        if zero_init_residual and not (kwargs.get('init_cfg') or kwargs.get('pretrained')):
+            self._zero_last_norms()
         self._freeze_stages()  # once more, for the layers just added
         self.register_load_state_dict_post_hook(_report_ce_keys)
 
@@ -157,6 +157,13 @@ class CEResNet(ResNet):
                 block.ce_norm = block.last_norm if position == 'last' else 'norm2'
                 conv = getattr(block, block.ce_norm.replace('norm', 'conv'))
                 block.ce = MODELS.build({**self.ce_cfg, 'in_channels': conv.out_channels})
+
+    def _zero_last_norms(self) -> None:
+        # ResNet does this for its own two block classes only, subclasses are left out.
+        for stage in self.res_layers:
+            for block in getattr(self, stage):
+                name = getattr(block, f'{block.last_norm}_name')
+                block.init_cfg = dict(type='Constant', val=0, override=dict(name=name))
 
     def ce_layers(self) -> Iterator[Tuple[str, CE]]:
         """Names and modules of the CE layers."""
@@ -210,12 +217,6 @@ class CEResNet(ResNet):
 def _norm_then_ce(norm: nn.Module, ce: Optional[nn.Module]) -> nn.Module:
     """What ResNet's forward and freezing see as the norm; it is registered nowhere."""
     return norm if ce is None else nn.Sequential(norm, ce)
-
-
-def _aim_zero_init(block: nn.Module) -> None:
-    """Let `zero_init_residual` reach the last norm alone, not the CE behind the property."""
-    if block.init_cfg:
-        block.init_cfg['override']['name'] = getattr(block, f'{block.last_norm}_name')
 
 
 def _report_ce_keys(module: nn.Module, incompatible) -> None:

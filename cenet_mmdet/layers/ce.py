@@ -166,7 +166,7 @@ class CE(nn.Module):
                 whitening, variance, scale = self._batch_statistics(grouped)
             else:
                 whitening, variance, scale = self._running_statistics(grouped)
-            return self._equilibrate(grouped, whitening, variance, scale).reshape(x.shape)
+            return self._equilibrate(x, whitening, variance, scale)
 
     Statistics = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
@@ -205,7 +205,7 @@ class CE(nn.Module):
         self.num_batches_tracked.add_(1)
 
     def _equilibrate(self, x: Tensor, whitening, variance, scale) -> Tensor:
-        """p_n of the class docstring, for x (N, G, d, L)."""
+        """p_n of the class docstring, for the feature map x (N, C, ...)."""
         if not self.has_ir:
             return apply_operator(whitening, x)
         gates = self.reweighting(variance.reshape(len(x), self.in_channels))

@@ -1,0 +1,26 @@
+# `make demo` and `make test` set up what they need. PYTHON names the interpreter to
+# build the environment with, VENV its folder.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv must be compiled)
+	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+
+demo: setup  ## train, evaluate and draw on a small generated set (under 10 minutes on 2 CPU cores)
+	$(RUN) tools/demo.py
+
+test: setup  ## run the test suite
+	$(RUN) -m pytest
+
+lint: setup  ## check style
+	$(VENV)/bin/ruff check .
+
+clean:  ## delete what the commands above left behind, except data/
+	rm -rf $(VENV) build work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis

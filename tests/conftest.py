@@ -1,0 +1,43 @@
+"""Paths and helpers shared by the tests."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_COCO = ROOT.parent / 'shared' / 'coco_real_mini'
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    """A small generated COCO-style set, made by the command that users type."""
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    tool('make_demo_data.py', folder, '--train', 10, '--val', 6)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def real_coco():
+    """183 real COCO images, where they lie beside the checkout."""
+    if not SHARED_COCO.is_dir():
+        pytest.skip(f'no real COCO images at {SHARED_COCO}')
+    return SHARED_COCO
+
+
+def run(*command, cwd=None, env=None, check=True, timeout=600):
+    """Run a command line; its output is in the assertion message where it fails."""
+    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, timeout=timeout,
+                            capture_output=True, env={**os.environ, **(env or {})})
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    return result
+
+
+def tool(name, *arguments, **options):
+    """Run one of tools/*.py with the interpreter of the tests."""
+    return run(sys.executable, ROOT / 'tools' / name, *arguments, **options)

@@ -1,0 +1,58 @@
+"""Runs MMDetection's own command line tools, after a look at what they will need."""
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+import mmdet
+from mmengine.config import Config, DictAction
+
+from cenet_mmdet.preflight import missing_files
+
+
+def load_config(path, options=None):
+    """The config with `--cfg-options` merged, or an exit with one line."""
+    if not Path(path).is_file():
+        sys.exit(f'config not found: {path}. Give the path of a config file, for example '
+                 f'{Path(__file__).resolve().parent.parent / "configs/mask_rcnn_ce_r50.py"}')
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(options or {})
+    return cfg
+
+
+def check_files(splits, positional=('config', )):
+    """Exit with a line for each missing file that the command line's config names.
+
+    Args:
+        splits: which of train, val and test the tool uses.
+        positional: names of the tool's leading arguments.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in positional:
+        parser.add_argument(name)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    parser.add_argument('--resume', nargs='?', const='auto')
+    arguments, _ = parser.parse_known_args()
+    cfg = load_config(arguments.config, arguments.cfg_options)
+    if 'checkpoint' in positional:
+        cfg.load_from = arguments.checkpoint
+    elif arguments.resume not in (None, 'auto'):
+        cfg.load_from = arguments.resume
+    problems = missing_files(cfg, splits)
+    if problems:
+        sys.exit('\n'.join(problems))
+
+
+def asks_for_help():
+    return not sys.argv[1:] or {'-h', '--help'} & set(sys.argv[1:])
+
+
+def run_tool(tool, doc):
+    """Hand the command line to MMDetection's tool; its help follows ours."""
+    path = Path(mmdet.__file__).parent / '.mim' / 'tools' / tool
+    if not path.is_file():
+        sys.exit(f'MMDetection is installed without its tools ({path} is missing). '
+                 'Install it from a wheel or sdist: pip install onedl-mmdetection==3.5.1')
+    if asks_for_help():
+        print(doc)
+    runpy.run_path(str(path), run_name='__main__')
