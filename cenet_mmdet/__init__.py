@@ -20,6 +20,6 @@ if find_spec('mmengine'):
     MODELS.register_module(module=CE)
 
 if find_spec('mmdet'):
-    from .backbones import CEResNet  # noqa: F401
+    from .backbones import CEResNet
 
     __all__ += ['CEResNet']

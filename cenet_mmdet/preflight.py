@@ -1,8 +1,13 @@
 """Finds missing files before a run starts, and says how to supply them."""
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, List
 
 from mmengine.config import Config, ConfigDict
+
+WEIGHTS_FIX = (
+    'Put the file there, name it in the environment variable that the config reads '
+    '(CE_RESNET50_CHECKPOINT, RESNET50_CHECKPOINT), or pass '
+    '--cfg-options model.backbone.init_cfg.checkpoint=FILE.')
 
 
 def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
@@ -25,15 +30,8 @@ def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
         problems += _missing('checkpoint', cfg.load_from, 'Give the path of an existing one.')
     if 'train' in splits:
         for checkpoint in _pretrained(cfg.model):
-            problems += _missing('pretrained weights', checkpoint, _weights_fix(cfg.filename))
+            problems += _missing('pretrained weights', checkpoint, WEIGHTS_FIX)
     return list(dict.fromkeys(problems))
-
-
-def _weights_fix(config: Optional[str]) -> str:
-    return ('Put the file there, or name it with the environment variable that '
-            f'{config or "the config"} reads (CE_RESNET50_CHECKPOINT, RESNET50_CHECKPOINT) or '
-            'with --cfg-options model.backbone.init_cfg.checkpoint=FILE. To train from scratch: '
-            "--cfg-options model.backbone.init_cfg=None model.backbone.ce_cfg.freeze=none.")
 
 
 def _missing_data(dataset: ConfigDict) -> List[str]:

@@ -21,7 +21,7 @@ def load_config(path, options=None):
 
 
 def check_files(splits, positional=('config', )):
-    """Exit with a line for each missing file that the command line's config names.
+    """The command line's config, or an exit with a line for each missing file it names.
 
     Args:
         splits: which of train, val and test the tool uses.
@@ -41,6 +41,7 @@ def check_files(splits, positional=('config', )):
     problems = missing_files(cfg, splits)
     if problems:
         sys.exit('\n'.join(problems))
+    return cfg
 
 
 def asks_for_help():

@@ -81,21 +81,27 @@ def draw_curves(losses, results, path):
 
 
 def draw_pictures(runner, folder):
-    """Ground truth beside prediction for evenly spaced held-out images."""
+    """Ground truth beside prediction for evenly spaced held-out images, and all on one sheet."""
     import mmcv
+    import numpy as np
     import torch
     from mmengine.dataset import pseudo_collate
 
     dataset = runner.val_dataloader.dataset
     runner.visualizer.dataset_meta = dataset.metainfo
     runner.model.eval()
-    for index in range(0, len(dataset), max(1, len(dataset) // PICTURES)):
+    drawn = []
+    for index in range(0, len(dataset), max(1, len(dataset) // PICTURES))[:PICTURES]:
         with torch.no_grad():
             sample, = runner.model.test_step(pseudo_collate([dataset[index]]))
         path = Path(sample.img_path)
         runner.visualizer.add_datasample(
             path.stem, mmcv.imread(path, channel_order='rgb'), sample, pred_score_thr=SCORE,
             out_file=str(folder / f'{path.stem}.png'))
+        drawn.append(mmcv.imread(folder / f'{path.stem}.png'))
+    drawn += [np.full_like(drawn[0], 255)] * (len(drawn) % 2)
+    rows = [np.hstack(drawn[i:i + 2]) for i in range(0, len(drawn), 2)]
+    mmcv.imwrite(np.vstack(rows), str(folder.with_suffix('.png')))
 
 
 def print_summary(runner, results, seconds, work_dir):
@@ -107,14 +113,16 @@ def print_summary(runner, results, seconds, work_dir):
                   f'images, {seconds / 60:.1f} minutes')
     for column in ('', 'AP', 'AP50', 'AP75', 'small', 'medium', 'large'):
         table.add_column(column, justify='right' if column else 'left')
+    suffixes = '', '_50', '_75', '_s', '_m', '_l'
     for key, name in (('bbox', 'box'), ('segm', 'mask')):
-        values = (last[f'coco/{key}_mAP{suffix}'] for suffix in ('', '_50', '_75', '_s', '_m', '_l'))
-        table.add_row(name, *(f'{100 * value:.1f}' for value in values))
+        table.add_row(name, *(f'{100 * last[f"coco/{key}_mAP{suffix}"]:.1f}'
+                              for suffix in suffixes))
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f'checkpoint       {work_dir}/epoch_{runner.max_epochs}.pth\n'
                   f'training curves  {work_dir}/curves.png\n'
-                  f'pictures         {work_dir}/pictures/ (ground truth left, prediction right)\n'
+                  f'pictures         {work_dir}/pictures.png (ground truth left, prediction '
+                  f'right; one by one in {work_dir}/pictures/)\n'
                   f'log              {runner.log_dir}', highlight=False)
 
 

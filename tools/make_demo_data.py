@@ -139,7 +139,9 @@ def annotation(identity, image_id, label, mask, crowd):
     outline = segmentation(mask, crowd)
     if not outline:
         return None
-    rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
+    # Box and area of the outline, not of the mask: slivers have no polygon.
+    rle = mask_utils.frPyObjects(outline, SIZE, SIZE)
+    rle = rle if crowd else mask_utils.merge(rle)
     return dict(id=identity, image_id=image_id, category_id=label + 1, iscrowd=int(crowd),
                 area=float(mask_utils.area(rle)), bbox=mask_utils.toBbox(rle).tolist(),
                 segmentation=outline)

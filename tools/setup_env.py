@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -59,7 +58,11 @@ print(f'torch {torch.__version__}, mmengine {mmengine.__version__}, mmcv {mmcv._
 
 
 class SetupError(Exception):
-    """A failed step; the message ends in what the user can do."""
+    """A failed step; the message ends in what the user can do, `output` is the command's end."""
+
+    def __init__(self, message, output=()):
+        super().__init__(message)
+        self.output = output
 
 
 class Steps:
@@ -99,8 +102,7 @@ class Steps:
             done.set()
             ticker.join()
         if code:
-            print('\n'.join(f'    {line}' for line in tail), file=sys.stderr)
-            raise SetupError(f'"{title}" failed (whole log: {self.log}). {fix}')
+            raise SetupError(f'"{title}" failed (whole log: {self.log}). {fix}', output=tail)
         self.marker.unlink()
 
     def _tick(self, title, status, done):
@@ -110,12 +112,12 @@ class Steps:
         if terminal:
             print('\033[K', end='', flush=True)
 
-    def pip(self, title, *arguments, python, fix=None):
+    def pip(self, title, *arguments, python):
         """pip install; a step that an interruption cut short is installed anew."""
         repeat = ['--force-reinstall'] if self.interrupted == title else []
         self.run(title, [python, '-m', 'pip', 'install', '--disable-pip-version-check',
                          *repeat, *arguments],
-                 fix or 'Check the network or PIP_FIND_LINKS / PIP_INDEX_URL, then run it again.',
+                 'Check the network and PIP_FIND_LINKS / PIP_INDEX_URL, then run it again.',
                  progress=pip_progress)
 
 
@@ -127,18 +129,21 @@ def pip_progress(line):
 
 def ninja_progress():
     """Turns ninja's '[45/132] c++ ...' lines into a share and an estimate of what is left."""
-    first = []
+    began = skipped = None
 
     def progress(line):
+        nonlocal began, skipped
         found = re.match(r'\s*\[(\d+)/(\d+)\]', line)
         if not found:
             return None
         done, total = map(int, found.groups())
-        first.append((time.time(), done)) if not first else None
-        began, skipped = first[0]
-        rate = (time.time() - began) / max(done - skipped, 1)
-        left = f', about {max(1, round((total - done) * rate / 60))} min left' * (done > skipped + 3)
-        return f'compiled {done} of {total} files{left}'
+        if began is None:
+            began, skipped = time.time(), done
+        text = f'compiled {done} of {total} files'
+        if done < skipped + 4:  # too few to tell how long the others take
+            return text
+        seconds_each = (time.time() - began) / (done - skipped)
+        return f'{text}, about {max(1, round((total - done) * seconds_each / 60))} min left'
 
     return progress
 
@@ -209,8 +214,8 @@ def build_mmcv(steps, python, folder):
         raise SetupError('mmcv needs a C++17 compiler and none was found. '
                          'Install one (Debian, Ubuntu: apt-get install g++), then run it again.')
     if gpu and not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
-        raise SetupError('This machine has a GPU, but no CUDA compiler to build mmcv\'s operators '
-                         'with. Install the CUDA toolkit that torch was built for (see '
+        raise SetupError('This machine has a GPU, but no CUDA compiler to build the operators '
+                         'of mmcv with. Install the CUDA toolkit that torch was built for (see '
                          'python -c "import torch; print(torch.version.cuda)"), put nvcc on PATH '
                          'and run it again, or run it with CUDA_VISIBLE_DEVICES= for CPU only.')
     source = folder / MMCV.replace('onedl-mmcv==', 'onedl_mmcv-')
@@ -238,8 +243,7 @@ def fetch_source(steps, python, folder, source):
     archive = next(folder.glob('*.tar.gz'))
     partial = folder / 'partial'
     shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(partial)
+    shutil.unpack_archive(archive, partial)
     (partial / source.name).rename(source)
 
 
@@ -254,7 +258,8 @@ def check(steps, python):
 
 def set_up(venv):
     if sys.version_info < (3, 10):
-        raise SetupError(f'The pinned stack needs Python >= 3.10, this is {sys.version.split()[0]}. '
+        version = '.'.join(map(str, sys.version_info[:3]))
+        raise SetupError(f'The pinned stack needs Python >= 3.10, this is {version}. '
                          'Name a newer one, for example: make test PYTHON=python3.11')
     venv.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
@@ -299,7 +304,11 @@ def main():
         if arguments.check:
             check(Steps(BUILD / 'setup.log', venv / 'INTERRUPTED'), str(venv / 'bin' / 'python'))
     except SetupError as error:
+        print(*(f'    {line}' for line in error.output), sep='\n', file=sys.stderr)
         sys.exit(f'set-up: {error}')
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f'set-up: {error}. Check permissions and free space below {ROOT}; if the '
+                 f'environment is damaged, delete {venv} and run it again.')
     except KeyboardInterrupt:
         sys.exit('set-up: interrupted. Run the same command again to go on.')
 

@@ -1,5 +1,4 @@
 """Instance reweighting (IR): the channel weights of section 3.2."""
-import torch
 from torch import Tensor, nn
 
 

@@ -12,7 +12,7 @@ metainfo = dict(
     classes=('disk', 'square', 'triangle', 'star', 'cross'),
     palette=[(66, 135, 245), (242, 182, 39), (224, 70, 70), (112, 193, 72), (170, 90, 220)])
 image_size = (160, 160)
-max_epochs = 10
+max_epochs = 9
 # As many samples a bin as the object is large, the default, is what costs most on a CPU.
 roi_layer = dict(sampling_ratio=1)
 
@@ -53,7 +53,7 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(metainfo=metainfo, pipeline=train_pipeline))
 val_dataloader = dict(

@@ -1,0 +1,110 @@
+"""The shipped configs, and CE inside configs that people already have."""
+import re
+
+import pytest
+import torch
+from conftest import ROOT, tool
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from cenet_mmdet import CEResNet
+
+CONFIGS = ROOT / 'configs'
+
+# Shrinks any MMDetection config to one training step on the shapes.
+ONE_STEP = '''
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask={with_mask}),
+    dict(type='Resize', scale=(128, 128)),
+    dict(type='PackDetInputs'),
+]
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False,
+    dataset=dict(
+        data_root='{data}/', pipeline=train_pipeline, indices=2,
+        metainfo=dict(classes=('disk', 'square', 'triangle', 'star', 'cross'))))
+train_cfg = dict(max_epochs=1)
+val_dataloader = val_evaluator = val_cfg = None
+test_dataloader = test_evaluator = test_cfg = None
+'''
+
+PLUGIN = "dict(type='CE'), stages=(True, True, True, False), position='after_conv3'"
+
+
+@pytest.mark.parametrize('base', [
+    'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py'])
+@pytest.mark.parametrize('backbone', [
+    f'dict(plugins=[dict(cfg={PLUGIN})], init_cfg=None, zero_init_residual=False)',
+    "dict(type='CEResNet', init_cfg=None)"], ids=['plugins', 'CEResNet'])
+def test_one_step_in_an_existing_config(base, backbone, shapes, tmp_path):
+    """Written and run in a folder that knows nothing of this project."""
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        f"_base_ = 'mmdet::{base}'\n"
+        "custom_imports = dict(imports=['cenet_mmdet'])\n"
+        f'model = dict(backbone={backbone})\n'
+        + ONE_STEP.format(data=shapes, with_mask='mask' in base))
+    tool('train.py', 'mine.py', cwd=tmp_path)
+    state = torch.load(tmp_path / 'work_dirs/mine/epoch_1.pth', weights_only=False)['state_dict']
+    counts = {key: int(value) for key, value in state.items()
+              if re.search(r'\.ce1?\.num_batches_tracked', key)}
+    # frozen_stages=1 in these configs: layer1 and the stem keep their statistics
+    assert counts['backbone.layer1.0.ce.num_batches_tracked'] == 0
+    assert counts['backbone.layer2.0.ce.num_batches_tracked'] == 1
+    assert len(counts) == (14 if 'CEResNet' in backbone else 13)
+    assert state['backbone.layer2.0.ce.lambda_logit'] != 0
+
+
+def build(name):
+    cfg = Config.fromfile(CONFIGS / name)
+    init_default_scope('mmdet')
+    return cfg, MODELS.build(cfg.model)
+
+
+def test_baseline_row_is_mmdetections_2x(tmp_path):
+    (tmp_path / 'zoo.py').write_text("_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_2x_coco.py'")
+    zoo = Config.fromfile(tmp_path / 'zoo.py')
+    ours = Config.fromfile(CONFIGS / 'mask_rcnn_r50.py')
+    for key in ('model', 'train_cfg', 'param_scheduler', 'optim_wrapper', 'auto_scale_lr',
+                'train_pipeline', 'test_pipeline'):
+        assert ours[key] == zoo[key], key
+    assert ours.train_cfg.max_epochs == 24
+    assert ours.auto_scale_lr.base_batch_size == 16
+
+
+def test_ce_row_freezes_batch_norm_and_ce_whole():
+    """Table 5, setting 1: only convolutions learn in the backbone, from layer2 on."""
+    _, model = build('mask_rcnn_ce_r50.py')
+    model.train()
+    backbone = model.backbone
+    assert isinstance(backbone, CEResNet)
+    learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert learning
+    assert all(re.match(r'layer[234]\..*(conv\d|downsample\.0)\.weight', n) for n in learning)
+    assert not any(ce.uses_batch_statistics for _, ce in backbone.ce_layers())
+    assert not any(m.training for m in backbone.modules()
+                   if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_configs_read_the_environment(monkeypatch):
+    monkeypatch.setenv('COCO_ROOT', '/somewhere/coco')
+    monkeypatch.setenv('CE_RESNET50_CHECKPOINT', '/somewhere/ce.pth')
+    cfg = Config.fromfile(CONFIGS / 'mask_rcnn_ce_r50.py')
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root == '/somewhere/coco/'
+    for split in ('val', 'test'):
+        ann_file = cfg[f'{split}_evaluator'].ann_file
+        assert ann_file == '/somewhere/coco/annotations/instances_val2017.json'
+    assert cfg.model.backbone.init_cfg.checkpoint == '/somewhere/ce.pth'
+
+
+def test_a_dumped_config_is_the_same_config(tmp_path):
+    """What MMEngine writes into the work dir can be trained from again."""
+    for path in [*CONFIGS.glob('*.py'), *CONFIGS.glob('demo/*.py')]:
+        cfg = Config.fromfile(path)
+        cfg.dump(tmp_path / path.name)
+        assert Config.fromfile(tmp_path / path.name).to_dict() == cfg.to_dict()
