@@ -294,6 +294,14 @@ class TestModes:
         torch.testing.assert_close(y.float(), reference(x.to(dtype).float()), rtol=0.02, atol=0.05)
         torch.testing.assert_close(ce.running_whitening, reference.running_whitening)
 
+    @pytest.mark.parametrize('shape', [(2, 8, 1, 1), (0, 8, 3, 3)], ids=str)
+    def test_shared_layer_over_levels(self, shape):
+        """As in a head shared by the levels of a pyramid: two forwards, then one backward."""
+        ce = double(8)
+        small = random_input(*shape).requires_grad_()
+        (ce(small).sum() + ce(random_input(2, 8, 4, 4)).sum()).backward()
+        assert small.grad.isfinite().all()
+
     def test_deep_copy_and_pickle(self):
         import copy
         import pickle

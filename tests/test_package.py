@@ -5,7 +5,7 @@ from importlib.metadata import requires
 
 from conftest import ROOT, run
 
-WITHOUT = """
+WITHOUT = '''
 import sys
 for name in ('mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools', 'cv2', 'matplotlib'):
     sys.modules[name] = None  # importing it raises ImportError
@@ -17,7 +17,7 @@ ce(x).sum().backward()
 ce.eval()(x)
 CE(32).load_state_dict(ce.state_dict())
 print('works with torch alone')
-"""
+'''
 
 
 def test_layers_need_torch_alone(tmp_path):

@@ -2,7 +2,7 @@
 """Create the project's virtual environment and prove that it works.
 
     python3 tools/setup_env.py            # creates or completes .venv
-    python3 tools/setup_env.py --venv /tmp/ce --check
+    python3 tools/setup_env.py --venv /tmp/ce
 
 Safe to run again at any time, also after an interruption: finished steps are
 recognised and skipped, an interrupted one is repeated. Honours pip's own
@@ -295,14 +295,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--venv', type=Path, default=ROOT / '.venv',
                         help='folder of the virtual environment (default: .venv in the project)')
-    parser.add_argument('--check', action='store_true',
-                        help='also run the final check when nothing had to be installed')
-    arguments = parser.parse_args()
-    venv = arguments.venv.absolute()
+    venv = parser.parse_args().venv.absolute()
     try:
         set_up(venv)
-        if arguments.check:
-            check(Steps(BUILD / 'setup.log', venv / 'INTERRUPTED'), str(venv / 'bin' / 'python'))
     except SetupError as error:
         print(*(f'    {line}' for line in error.output), sep='\n', file=sys.stderr)
         sys.exit(f'set-up: {error}')

@@ -8,7 +8,7 @@ A forward pass is moments (`moments.py`) -> operator (`whitening.py`,
 last touch the feature map, each with one batched product; what lies between
 is d x d algebra in float32 (float64 for float64 input).
 """
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .reweighting import InstanceReweighting, instance_scale
 from .whitening import batch_mean, covariance, newton_whitening
 
 FREEZE_MODES = ('none', 'adaptive', 'all')
+
+# W, v_n and s; None where a layer has no use for it
+Statistics = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
 class CE(nn.Module):
@@ -138,8 +141,7 @@ class CE(nn.Module):
         """W = I and s = 1: until the first batch, CE neither mixes nor rescales."""
         if self.has_bd:
             self.running_mean.zero_()
-            identity = torch.eye(self.group_size, out=torch.empty_like(self.running_whitening[0]))
-            self.running_whitening.copy_(identity)
+            self.running_whitening.copy_(torch.eye(self.group_size))
         if self.has_ir:
             self.running_scale.fill_(1)
         self.num_batches_tracked.zero_()
@@ -159,6 +161,7 @@ class CE(nn.Module):
         # The operator's algebra must not run in half precision, and the output
         # keeps the input's type.
         with torch.autocast(x.device.type, enabled=False):
+            x = x.contiguous()  # so that the reshaping below and in apply.py is free
             # The pixels are counted because -1 is ambiguous for an empty batch.
             grouped = x.reshape(len(x), self.num_groups, self.group_size, x.shape[2:].numel())
             # An empty batch has no statistics of its own.
@@ -168,8 +171,6 @@ class CE(nn.Module):
                 whitening, variance, scale = self._running_statistics(grouped)
             return self._equilibrate(x, whitening, variance, scale)
 
-    Statistics = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
-
     def _batch_statistics(self, x: Tensor) -> Statistics:
         """W, v_n and s of this batch, of which W and s are tracked."""
         whitening = variance = scale = mean = None
@@ -178,20 +179,24 @@ class CE(nn.Module):
             mean = batch_mean(batch)
             whitening = newton_whitening(covariance(batch, self.eps), self.num_iters)
         if self.has_ir:
-            variance = (batch.scatter.diagonal(dim1=-2, dim2=-1) / max(batch.pixels - 1, 1)
-                        if self.has_bd else instance_variance(x))
+            variance = batch.variance() if self.has_bd else instance_variance(x)
             scale = (instance_scale(variance, self.eps) if x.shape[-1] > 1
-                     else self.running_scale.to(variance.dtype))
+                     else self._read(self.running_scale, x))
         self._track(mean, whitening, scale)
         return whitening, variance, scale
 
     def _running_statistics(self, x: Tensor) -> Statistics:
         """The tracked W and s, and v_n, which is the sample's own."""
-        dtype = statistics_dtype(x.dtype)
-        whitening = self.running_whitening.to(dtype) if self.has_bd else None
+        whitening = self._read(self.running_whitening, x) if self.has_bd else None
         if not self.has_ir:
             return whitening, None, None
-        return whitening, instance_variance(x), self.running_scale.to(dtype)
+        return whitening, instance_variance(x), self._read(self.running_scale, x)
+
+    @staticmethod
+    def _read(buffer: Tensor, x: Tensor) -> Tensor:
+        # A copy: the backward pass needs these values, and another forward of
+        # the same layer may update the buffer in place before it comes.
+        return buffer.to(statistics_dtype(x.dtype), copy=True)
 
     @torch.no_grad()
     def _track(self, mean, whitening, scale) -> None:
@@ -214,12 +219,11 @@ class CE(nn.Module):
             return apply_weights(weights, x)
         return apply_operator(mix(self.ratio(weights.dtype), whitening, weights), x)
 
-    def ratio(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """lambda, the weight of BD against IR: scalar tensor in [0, 1]."""
+    def ratio(self, dtype: torch.dtype = torch.float32) -> Union[Tensor, float]:
+        """lambda, the weight of BD against IR, in [0, 1]; a scalar tensor where it is learned."""
         if self.bd_ratio is None:
             return self.lambda_logit.to(dtype).sigmoid().squeeze(0)
-        return torch.tensor(self.bd_ratio, dtype=dtype,
-                            device=self.num_batches_tracked.device)
+        return self.bd_ratio
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         rename_released_keys(state_dict, prefix)

@@ -20,6 +20,10 @@ class Moments(NamedTuple):
     mean: Tensor  # (N, G, d)
     scatter: Tensor  # (N, G, d, d), sum over pixels of (x - mean)(x - mean)^T
 
+    def variance(self) -> Tensor:
+        """Unbiased variance of each sample's channels: (N, G, d)."""
+        return _unbiased(self.scatter.diagonal(dim1=-2, dim2=-1), self.pixels)
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics are float32 for half precision input, float64 stays float64."""
@@ -34,9 +38,14 @@ def moments(x: Tensor) -> Moments:
 
 
 def instance_variance(x: Tensor) -> Tensor:
-    """Unbiased variance over the pixels of x (N, G, d, L): (N, G, d), 0 where L = 1."""
+    """What `moments(x).variance()` is, without the products: (N, G, d, L) -> (N, G, d)."""
     _, squares = _CentredSquares.apply(x)
-    return squares / max(x.shape[-1] - 1, 1)
+    return _unbiased(squares, x.shape[-1])
+
+
+def _unbiased(squares: Tensor, pixels: int) -> Tensor:
+    """Sums of squared deviations to variances; one pixel has none, and gets 0."""
+    return squares / max(pixels - 1, 1)
 
 
 def _mean(x: Tensor) -> Tensor:
