@@ -1,6 +1,9 @@
 """The command lines as users type them, from a working directory of their own."""
 import json
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +69,34 @@ class TestHelp:
         result = run(ROOT / 'tools/slurm_train.sh', 'gpu', 'job', CONFIG, 'work', check=False)
         assert result.returncode == 1
         assert 'srun not found' in result.stderr
+
+
+class TestLaunchers:
+
+    def test_torchrun_starts_the_tool_from_any_folder(self, tmp_path):
+        """Two real processes, which stop at the check of the files."""
+        python = Path(sys.executable).parent
+        result = run(ROOT / 'tools/dist_train.sh', CONFIG, 2, cwd=tmp_path, check=False,
+                     env=dict(COCO_ROOT='/nowhere', PORT='29511',
+                              PATH=f'{python}:{os.environ["PATH"]}'))
+        assert result.returncode != 0
+        assert 'nproc' not in result.stderr
+        assert result.stderr.count('annotations not found: /nowhere/annotations/'
+                                   'instances_train2017.json') == 2
+
+    def test_slurm_command_line(self, tmp_path):
+        """srun does not exist here; a stand-in shows what it would be given."""
+        srun = tmp_path / 'srun'
+        srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        srun.chmod(0o755)
+        out = run(ROOT / 'tools/slurm_train.sh', 'gpu', 'job', CONFIG, 'work', '--amp',
+                  env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16',
+                           SRUN_ARGS='--time=1 --qos=x')).stdout.splitlines()
+        assert {'--partition=gpu', '--job-name=job', '--ntasks=16', '--ntasks-per-node=8',
+                '--time=1', '--qos=x'} <= set(out)
+        command = out[out.index('python'):]
+        assert command == ['python', '-u', str(ROOT / 'tools/train.py'), str(CONFIG),
+                           '--work-dir=work', '--launcher=slurm', '--amp']
 
 
 class TestMissingFiles:

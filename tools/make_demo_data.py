@@ -24,7 +24,7 @@ CLASSES = ('disk', 'square', 'triangle', 'star', 'cross')
 SIZE = 320
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.15
-SMALL_SHARE = 0.2
+SMALL_SHARE = 0.15
 # An object of which less than this is visible is not annotated, and not drawn.
 MIN_VISIBLE = 0.35
 
@@ -86,7 +86,7 @@ def draw_image(rng):
     image = texture(rng)
     instances = []
     if rng.random() >= EMPTY_SHARE:
-        for _ in range(rng.integers(2, 8)):
+        for _ in range(rng.integers(2, 7)):
             add_shape(image, instances, rng)
         if rng.random() < CROWD_SHARE:
             add_crowd(image, instances, rng)
@@ -97,7 +97,7 @@ def draw_image(rng):
 def add_shape(image, instances, rng):
     """Paint one shape over what is there, unless it would hide another too far."""
     small = rng.random() < SMALL_SHARE
-    radius = rng.uniform(10, 18) if small else rng.uniform(20, 72)
+    radius = rng.uniform(10, 18) if small else rng.uniform(26, 84)
     label = int(rng.integers(len(CLASSES)))
     mask = shape_mask(label, rng, radius, rng.uniform(radius * 0.6, SIZE - radius * 0.6, 2))
     hidden = [(other & ~mask).sum() < MIN_VISIBLE * other.sum() for _, other, _ in instances]
