@@ -47,7 +47,7 @@ def _missing_data(dataset: ConfigDict) -> List[str]:
 
 
 def _missing(what: str, path, fix: str) -> List[str]:
-    if '://' in str(path) or ':/' in str(path) or Path(path).exists():
+    if '://' in str(path) or Path(path).exists():
         return []
     return [f'{what} not found: {path}. {fix}']
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 CLASSES = ('disk', 'square', 'triangle', 'star', 'cross')
 SIZE = 320
+MAX_TURN = np.radians(20)
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.15
 SMALL_SHARE = 0.15
@@ -29,33 +30,30 @@ SMALL_SHARE = 0.15
 MIN_VISIBLE = 0.35
 
 
-def polar_polygon(radii, rng, radius, centre):
-    """Corners at the given relative radii, evenly spaced in angle, randomly turned."""
-    angles = rng.uniform(0, 2 * np.pi) + np.linspace(0, 2 * np.pi, len(radii), endpoint=False)
-    points = np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
-    return centre + radius * points
+def polar(radii, first):
+    """Corners (len(radii), 2) evenly spaced in angle from `first`, in image coordinates."""
+    angles = first + np.linspace(0, 2 * np.pi, len(radii), endpoint=False)
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
 
 
-def cross_polygon(rng, radius, centre):
-    arm = 0.36
-    corner = np.array([[arm, 1], [arm, arm], [1, arm]])
-    quarter = np.array([[0, 1], [-1, 0]])
-    points = [corner]
-    for _ in range(3):
-        points.append(points[-1] @ quarter.T)
-    angle = rng.uniform(0, 2 * np.pi)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return centre + 0.9 * radius * np.concatenate(points) @ turn.T
+UP = -np.pi / 2
+ARM = 0.35  # half the width of a cross's arm
+# Corners of the upright shapes, within a circle of radius 1.
+OUTLINES = {
+    'disk': polar([1] * 40, UP),
+    'square': polar([1] * 4, UP / 2),
+    'triangle': polar([1] * 3, UP),
+    'star': polar([1, .42] * 5, UP),
+    'cross': np.concatenate([np.array([[ARM, -.9], [ARM, -ARM], [.9, -ARM]]) @ turn for turn in (
+        np.eye(2), [[0, 1], [-1, 0]], -np.eye(2), [[0, -1], [1, 0]])]),
+}
 
 
 def shape_mask(label, rng, radius, centre):
-    """Boolean mask (SIZE, SIZE) of one shape."""
-    name = CLASSES[label]
-    if name == 'cross':
-        points = cross_polygon(rng, radius, centre)
-    else:
-        radii = {'disk': [1] * 40, 'square': [1] * 4, 'triangle': [1] * 3, 'star': [1, .42] * 5}
-        points = polar_polygon(radii[name], rng, radius, centre)
+    """Boolean mask (SIZE, SIZE) of one shape, turned a little."""
+    angle = rng.uniform(-MAX_TURN, MAX_TURN)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    points = centre + radius * OUTLINES[CLASSES[label]] @ turn
     canvas = np.zeros((SIZE, SIZE), np.uint8)
     cv2.fillPoly(canvas, [np.round(points).astype(np.int32)], 1)
     return canvas.astype(bool)
