@@ -1,5 +1,6 @@
 """The set-up script's own behaviour; its work is what made the environment of these tests."""
 import re
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from setup_env import SetupError, Steps, ninja_progress, pip_progress
 
 @pytest.fixture
 def steps(tmp_path):
-    return Steps(log=tmp_path / 'setup.log', marker=tmp_path / 'INTERRUPTED')
+    return Steps(tmp_path / 'setup.log')
 
 
 def test_the_environment_of_these_tests_is_complete():
@@ -32,22 +33,36 @@ def test_a_failed_step_says_what_to_do(steps):
     assert 'the reason' in steps.log.read_text()
 
 
-def test_an_interrupted_step_is_repeated(steps):
-    """Whatever it had installed by then is not trusted."""
-    with pytest.raises(SetupError):
-        steps.run('torch', [sys.executable, '-c', 'raise SystemExit(1)'], '')
-    again = Steps(steps.log, steps.marker)
-    assert again.interrupted == 'torch'
-    commands = []
-    again.run = lambda title, command, *_, **__: commands.append(command)
-    again.pip('torch', 'torch==2.13.0', python='python')
-    again.pip('mmdet', 'mmdet', python='python')
-    assert ['--force-reinstall' in command for command in commands] == [True, False]
+def test_a_wheel_without_working_operators_is_built_anew(steps, monkeypatch, tmp_path):
+    """A wheel for another torch installs without complaint; what counts is that it loads."""
+    done = []
+    folder = tmp_path / 'mmcv-built'
+    folder.mkdir()
+
+    def build(*_):
+        done.append('build')
+        (folder / 'onedl_mmcv-2.3.6-own.whl').touch()
+
+    monkeypatch.setattr(setup_env, 'build_folder', lambda python: folder)
+    monkeypatch.setattr(setup_env, 'build_mmcv', build)
+    monkeypatch.setattr(setup_env, 'operators_work', lambda python: 'build' in done)
+    monkeypatch.setattr(setup_env, 'pinned', lambda *_: False)
+    steps.pip = lambda title, *arguments, python: done.append(arguments[-1])
+    setup_env.install_mmcv(steps, sys.executable)
+    assert done == [setup_env.MMCV, 'build', str(folder / 'onedl_mmcv-2.3.6-own.whl')]
+    # and the next environment takes the wheel built here
+    done[:] = ['build']
+    setup_env.install_mmcv(steps, sys.executable)
+    assert done[1:] == [str(folder / 'onedl_mmcv-2.3.6-own.whl')]
 
 
-def test_a_finished_step_is_not(steps):
-    steps.run('torch', [sys.executable, '-c', ''], '')
-    assert Steps(steps.log, steps.marker).interrupted is None
+def test_an_environment_without_pip_is_completed(steps, tmp_path):
+    """As an interruption during its creation leaves it."""
+    venv = tmp_path / 'venv'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(venv)], check=True)
+    python = str(venv / 'bin/python')
+    setup_env.create_venv(steps, venv, python)
+    assert not subprocess.run([python, '-m', 'pip', '--version'], capture_output=True).returncode
 
 
 def test_progress_of_a_compilation():

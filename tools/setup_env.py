@@ -4,8 +4,8 @@
     python3 tools/setup_env.py            # creates or completes .venv
     python3 tools/setup_env.py --venv /tmp/ce
 
-Safe to run again at any time, also after an interruption: finished steps are
-recognised and skipped, an interrupted one is repeated. Honours pip's own
+Safe to run again at any time, also after an interruption: what is complete is
+recognised, and a compilation goes on where it stopped. Honours pip's own
 variables (PIP_FIND_LINKS, PIP_INDEX_URL, ...). Needs only a Python >= 3.10;
 the environment of the caller is never touched.
 """
@@ -68,10 +68,8 @@ class SetupError(Exception):
 class Steps:
     """Runs commands one by one, showing what runs, for how long and how far it is."""
 
-    def __init__(self, log, marker):
-        self.log, self.marker, self.start = log, marker, time.time()
-        # The step that was running when an earlier set-up was interrupted.
-        self.interrupted = marker.read_text() if marker.exists() else None
+    def __init__(self, log):
+        self.log, self.start = log, time.time()
 
     def say(self, text, end='\n'):
         minutes, seconds = divmod(int(time.time() - self.start), 60)
@@ -80,7 +78,6 @@ class Steps:
     def run(self, title, command, fix, cwd=None, progress=None):
         """Run one command into the log; `progress` turns its lines into a status text."""
         self.say(title)
-        self.marker.write_text(title)
         status = {'text': 'working'}
         done = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(title, status, done), daemon=True)
@@ -103,7 +100,6 @@ class Steps:
             ticker.join()
         if code:
             raise SetupError(f'"{title}" failed (whole log: {self.log}). {fix}', output=tail)
-        self.marker.unlink()
 
     def _tick(self, title, status, done):
         terminal = sys.stdout.isatty()
@@ -113,10 +109,7 @@ class Steps:
             print('\033[K', end='', flush=True)
 
     def pip(self, title, *arguments, python):
-        """pip install; a step that an interruption cut short is installed anew."""
-        repeat = ['--force-reinstall'] if self.interrupted == title else []
-        self.run(title, [python, '-m', 'pip', 'install', '--disable-pip-version-check',
-                         *repeat, *arguments],
+        self.run(title, [python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments],
                  'Check the network and PIP_FIND_LINKS / PIP_INDEX_URL, then run it again.',
                  progress=pip_progress)
 
@@ -170,34 +163,43 @@ def operators_work(python):
 
 
 def create_venv(steps, venv, python):
-    if Path(python).exists() and steps.interrupted != 'virtual environment':
-        return
-    steps.run('virtual environment', [sys.executable, '-m', 'venv', str(venv)],
-              'Install the venv module (Debian, Ubuntu: apt-get install python3-venv).')
+    """An interrupted creation leaves an interpreter without pip: pip is what is asked for."""
+    complete = Path(python).exists() and not subprocess.run(
+        [python, '-m', 'pip', '--version'], capture_output=True).returncode
+    if not complete:
+        steps.run('virtual environment', [sys.executable, '-m', 'venv', str(venv)],
+                  'Install the venv module (Debian, Ubuntu: apt-get install python3-venv).')
 
 
 def install_mmcv(steps, python):
-    """A wheel if one is offered and its operators load here; else a build from source."""
-    interrupted = (steps.interrupted or '').startswith('mmcv')
-    if pinned(python, MMCV) and operators_work(python) and not interrupted:
+    """The wheel built here before; else one that is offered; else a build from source.
+
+    Whichever is installed, its operators must load with this torch, and with a
+    GPU they must be CUDA operators.
+    """
+    if pinned(python, MMCV) and operators_work(python):
         return
-    built = build_folder(python)
-    # A wheel in pip's cache may have been built without operators: do not use it.
-    wheel = [python, '-m', 'pip', 'install', '--no-deps', '--no-cache-dir', '--force-reinstall',
-             '--only-binary', ':all:', '--find-links', str(built), MMCV]
-    try:
-        steps.run('mmcv from a ready wheel', wheel, '')
-    except SetupError:
-        steps.say('no ready mmcv wheel: building it from source (10 to 30 minutes)')
-    else:
-        if operators_work(python):
-            return
-        steps.say('that wheel does not fit this torch or GPU: building mmcv from source')
-    build_mmcv(steps, python, built)
-    steps.run('mmcv as built', wheel, f'Delete {built} and run it again.')
+    folder = build_folder(python)
+    if not list(folder.glob('*.whl')):
+        try:
+            # A wheel in pip's cache may have been built without operators: do not use it.
+            install_wheel(steps, python, 'mmcv from a ready wheel', '--no-cache-dir',
+                          '--only-binary', ':all:', MMCV)
+        except SetupError:
+            steps.say('no ready mmcv wheel: building it from source (10 to 30 minutes)')
+        else:
+            if operators_work(python):
+                return
+            steps.say('that wheel does not fit this torch or GPU: building mmcv from source')
+        build_mmcv(steps, python, folder)
+    install_wheel(steps, python, 'mmcv as built', next(folder.glob('*.whl')))
     if not operators_work(python):
         raise SetupError('mmcv was built, but its operators do not load. '
-                         f'Delete {built} and run it again; the log is {steps.log}.')
+                         f'Delete {folder} and run it again; the log is {steps.log}.')
+
+
+def install_wheel(steps, python, title, *arguments):
+    steps.pip(title, '--no-deps', '--force-reinstall', *map(str, arguments), python=python)
 
 
 def build_folder(python):
@@ -264,18 +266,18 @@ def set_up(venv):
     venv.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
     python = str(venv / 'bin' / 'python')
-    steps = Steps(log=BUILD / 'setup.log', marker=venv / 'INTERRUPTED')
+    steps = Steps(BUILD / 'setup.log')
     ready = venv / 'READY'
     recipe = Path(__file__).read_text(encoding='utf-8') + (ROOT / 'setup.py').read_text()
-    if ready.exists() and ready.read_text() == recipe and not steps.interrupted:
+    if ready.exists() and ready.read_text() == recipe:
         return
     ready.unlink(missing_ok=True)
     steps.say(f'setting up {venv} (log: {steps.log})')
     create_venv(steps, venv, python)
     steps.pip('build tools', *BASICS, python=python)
-    if not pinned(python, TORCH[0]) or steps.interrupted == 'torch':
+    if not pinned(python, TORCH[0]):
         steps.pip('torch', *TORCH, python=python)
-    if not pinned(python, MMENGINE) or steps.interrupted == 'mmengine':
+    if not pinned(python, MMENGINE):
         # with what mmcv imports, so that its operators can be tried before mmdet comes
         steps.pip('mmengine', MMENGINE, OPENCV, 'pillow', TORCH[1], python=python)
     install_mmcv(steps, python)
