@@ -1,6 +1,6 @@
 """Channel Equilibrium networks for MMDetection.
 
-Importing the package registers CE and, where MMDetection is installed, the
+Importing the package registers CE, SyncCE and, where MMDetection is installed, the
 backbones in MMEngine's root registry, which every OpenMMLab library sees:
 
     custom_imports = dict(imports=['cenet_mmdet'])
@@ -9,15 +9,16 @@ The layers themselves need torch alone.
 """
 from importlib.util import find_spec
 
-from .layers import CE
+from .layers import CE, SyncCE
 
 __version__ = '0.1.0'
-__all__ = ['CE']
+__all__ = ['CE', 'SyncCE']
 
 if find_spec('mmengine'):
     from mmengine.registry import MODELS
 
     MODELS.register_module(module=CE)
+    MODELS.register_module(module=SyncCE)
 
 if find_spec('mmdet'):
     from .backbones import CEResNet

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cenet_mmdet import CE
-from cenet_mmdet.layers.moments import instance_variance, moments
+from cenet_mmdet.layers.moments import instance_variance, moments, pool
 from cenet_mmdet.layers.whitening import covariance, newton_whitening
 
 BRANCHES = {'both': None, 'fixed': 0.3, 'BD alone': 1.0, 'IR alone': 0.0}
@@ -19,6 +19,11 @@ def random_input(*shape, seed=0, dtype=torch.float64):
 def double(*args, **kwargs):
     torch.manual_seed(0)
     return CE(*args, dtype=torch.float64, **kwargs)
+
+
+def batch_covariance(grouped, eps):
+    """Covariance (G, d, d) of a grouped feature map (N, G, d, L)."""
+    return covariance(pool(moments(grouped), None, grouped.shape[-1]), eps)
 
 
 def snapshot(ce):
@@ -83,7 +88,7 @@ class TestDefinition:
 
     def test_covariance_is_that_of_all_pixels(self):
         x = random_input(3, 12, 4, 5)
-        got = covariance(moments(x.reshape(3, 2, 6, 20)), eps=1e-3)
+        got = batch_covariance(x.reshape(3, 2, 6, 20), eps=1e-3)
         for group, ours in zip(x.split(6, dim=1), got):
             pixels = group.transpose(0, 1).reshape(6, -1)
             expected = torch.cov(pixels, correction=0) + 1e-3 * torch.eye(6)
@@ -131,17 +136,17 @@ class TestDefinition:
     def test_covariance_keeps_its_digits_under_offsets(self, offset):
         """float32, means of `offset` standard deviations: error below 1e-4 of a variance."""
         x = (random_input(2, 1, 16, 900) + offset).float()
-        exact = covariance(moments(x.double()), eps=1e-12)
-        error = covariance(moments(x), eps=1e-12) - exact
+        exact = batch_covariance(x.double(), eps=1e-12)
+        error = batch_covariance(x, eps=1e-12) - exact
         assert error.abs().max() < 1e-4 * exact.diagonal(dim1=-2, dim2=-1).min()
 
     def test_covariance_keeps_its_digits_in_inhibited_channels(self):
         """float32, gamma 1e-3 and beta 0.3 in half of the channels."""
         gamma = torch.tensor([1., 1e-3]).repeat(8).view(16, 1)
         x = random_input(2, 1, 16, 900, dtype=torch.float32) * gamma + 0.3
-        exact = covariance(moments(x.double()), eps=1e-12)
+        exact = batch_covariance(x.double(), eps=1e-12)
         deviation = exact.diagonal(dim1=-2, dim2=-1).sqrt()
-        error = (covariance(moments(x), eps=1e-12) - exact).abs()
+        error = (batch_covariance(x, eps=1e-12) - exact).abs()
         assert (error / (deviation.unsqueeze(-1) * deviation.unsqueeze(-2))).max() < 1e-4
 
 
@@ -275,7 +280,7 @@ class TestModes:
         """Whitening matrices are averaged, not covariances."""
         ce = double(8, momentum=0.25)
         x = random_input(2, 8, 4, 4)
-        whitening = newton_whitening(covariance(moments(x.reshape(2, 1, 8, 16)), 1e-5), 3)
+        whitening = newton_whitening(batch_covariance(x.reshape(2, 1, 8, 16), 1e-5), 3)
         ce(x)
         expected = 0.75 * torch.eye(8, dtype=torch.float64) + 0.25 * whitening[0]
         torch.testing.assert_close(ce.running_whitening[0], expected)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .apply import apply_operator, apply_weights
-from .moments import instance_variance, moments, statistics_dtype
+from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype
 from .operator import mix
 from .released import rename_released_keys
 from .reweighting import InstanceReweighting, instance_scale
-from .whitening import batch_mean, covariance, newton_whitening
+from .whitening import covariance, newton_whitening
 
 FREEZE_MODES = ('none', 'adaptive', 'all')
 
@@ -164,26 +164,40 @@ class CE(nn.Module):
             x = x.contiguous()  # so that the reshaping below and in apply.py is free
             # The pixels are counted because -1 is ambiguous for an empty batch.
             grouped = x.reshape(len(x), self.num_groups, self.group_size, x.shape[2:].numel())
-            # An empty batch has no statistics of its own.
-            if self.uses_batch_statistics and grouped.numel():
+            if self._takes_statistics_from(grouped):
                 whitening, variance, scale = self._batch_statistics(grouped)
             else:
                 whitening, variance, scale = self._running_statistics(grouped)
             return self._equilibrate(x, whitening, variance, scale)
 
+    def _takes_statistics_from(self, x: Tensor) -> bool:
+        """Whether to use the statistics of this batch; an empty one has none."""
+        return self.uses_batch_statistics and x.numel() > 0
+
     def _batch_statistics(self, x: Tensor) -> Statistics:
         """W, v_n and s of this batch, of which W and s are tracked."""
-        whitening = variance = scale = mean = None
+        per_sample = moments(x) if self.has_bd else None
+        variance = None
+        if self.has_ir:
+            variance = per_sample.variance() if self.has_bd else instance_variance(x)
+        batch = self._over_ranks(pool(per_sample, variance, pixels=x.shape[-1]))
+        whitening = scale = None
         if self.has_bd:
-            batch = moments(x)
-            mean = batch_mean(batch)
             whitening = newton_whitening(covariance(batch, self.eps), self.num_iters)
         if self.has_ir:
-            variance = batch.variance() if self.has_bd else instance_variance(x)
-            scale = (instance_scale(variance, self.eps) if x.shape[-1] > 1
-                     else self._read(self.running_scale, x))
-        self._track(mean, whitening, scale)
+            scale = self._scale(batch)
+        self._track(batch, whitening, scale)
         return whitening, variance, scale
+
+    def _over_ranks(self, batch: BatchMoments) -> BatchMoments:
+        """Step 2; here the batch is this process's own."""
+        return batch
+
+    def _scale(self, batch: BatchMoments) -> Tensor:
+        """s of the batch, or the running one where no sample has a variance."""
+        if not batch.samples:
+            return self._read(self.running_scale, batch.variance)
+        return instance_scale(batch.variance, self.eps)
 
     def _running_statistics(self, x: Tensor) -> Statistics:
         """The tracked W and s, and v_n, which is the sample's own."""
@@ -199,15 +213,20 @@ class CE(nn.Module):
         return buffer.to(statistics_dtype(x.dtype), copy=True)
 
     @torch.no_grad()
-    def _track(self, mean, whitening, scale) -> None:
-        """running = (1 - momentum) * running + momentum * new."""
+    def _track(self, batch: BatchMoments, whitening, scale) -> None:
+        """running = (1 - momentum) * running + momentum * new, unless the batch was empty."""
+        new = {}
         if self.has_bd:
-            self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), self.momentum)
-            self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype),
-                                         self.momentum)
+            new.update(running_mean=batch.mean.flatten(), running_whitening=whitening)
         if self.has_ir:
-            self.running_scale.lerp_(scale.to(self.running_scale.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
+            new.update(running_scale=scale)
+        for name, value in new.items():
+            buffer = getattr(self, name)
+            value = value.to(buffer.dtype)
+            if isinstance(batch.pixels, Tensor):  # known on the device only
+                value = torch.where(batch.pixels > 0, value, buffer)
+            buffer.lerp_(value, self.momentum)
+        self.num_batches_tracked.add_(batch.pixels > 0)
 
     def _equilibrate(self, x: Tensor, whitening, variance, scale) -> Tensor:
         """p_n of the class docstring, for the feature map x (N, C, ...)."""

@@ -7,7 +7,7 @@ would lose all digits of an inhibited channel, whose offset is far larger than
 its deviation. Both functions keep nothing for the backward pass but the
 feature map itself, which the network holds anyway.
 """
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -25,6 +25,19 @@ class Moments(NamedTuple):
         return _unbiased(self.scatter.diagonal(dim1=-2, dim2=-1), self.pixels)
 
 
+class BatchMoments(NamedTuple):
+    """Moments over all samples and pixels of a batch, on one process or on many.
+
+    `mean` and `scatter` are None where a layer has no BD branch, `variance`
+    where it has no IR branch. The counts are tensors after an all-reduce.
+    """
+    pixels: Union[int, Tensor]  # N * L, summed over the ranks
+    mean: Optional[Tensor]  # (G, d)
+    scatter: Optional[Tensor]  # (G, d, d), about the mean
+    samples: Union[int, Tensor]  # those with a variance: N, or 0 where L = 1
+    variance: Optional[Tensor]  # mean of v_n over these samples and all channels
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics are float32 for half precision input, float64 stays float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -35,6 +48,28 @@ def moments(x: Tensor) -> Moments:
     n, groups, d, pixels = x.shape
     mean, scatter = _CentredScatter.apply(x.reshape(n * groups, d, pixels))
     return Moments(pixels, mean.view(n, groups, d), scatter.view(n, groups, d, d))
+
+
+def pool(per_sample: Optional[Moments], variance: Optional[Tensor], pixels: int) -> BatchMoments:
+    """Moments of the batch from those of its samples.
+
+    The samples' scatter matrices and the scatter of their means about the
+    batch mean add up to the scatter of the whole batch.
+
+    Args:
+        per_sample: moments of each sample, None without a BD branch.
+        variance: v_n, (N, G, d), None without an IR branch.
+        pixels: L, pixels of each sample.
+    """
+    samples = len(variance if per_sample is None else per_sample.mean)
+    mean = scatter = None
+    if per_sample is not None:
+        mean = per_sample.mean.sum(0) / max(samples, 1)
+        between = (per_sample.mean - mean).permute(1, 2, 0)  # (G, d, N)
+        scatter = per_sample.scatter.sum(0) + pixels * between @ between.mT
+    if variance is not None:
+        variance = variance.sum() / max(variance.numel(), 1)
+    return BatchMoments(samples * pixels, mean, scatter, samples if pixels > 1 else 0, variance)
 
 
 def instance_variance(x: Tensor) -> Tensor:

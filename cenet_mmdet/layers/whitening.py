@@ -5,25 +5,15 @@ Small algebra on d x d matrices; nothing here sees the feature map.
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .moments import BatchMoments
 
 
-def batch_mean(moments: Moments) -> Tensor:
-    """Mean over all samples and pixels: (G, d)."""
-    return moments.mean.mean(0)
-
-
-def covariance(moments: Moments, eps: float) -> Tensor:
-    """Biased covariance over all samples and pixels, plus eps * I: (G, d, d).
-
-    The samples' scatter matrices and the scatter of their means about the
-    batch mean add up to the scatter of the whole batch.
-    """
-    samples, _, d = moments.mean.shape
-    between = (moments.mean - batch_mean(moments)).permute(1, 2, 0)  # (G, d, N)
-    scatter = moments.scatter.sum(0) + moments.pixels * between @ between.mT
-    identity = torch.eye(d, dtype=scatter.dtype, device=scatter.device)
-    return scatter / (samples * moments.pixels) + eps * identity
+def covariance(batch: BatchMoments, eps: float) -> Tensor:
+    """Biased covariance over all samples and pixels, plus eps * I: (G, d, d)."""
+    d = batch.scatter.shape[-1]
+    identity = torch.eye(d, dtype=batch.scatter.dtype, device=batch.scatter.device)
+    pixels = torch.as_tensor(batch.pixels).clamp(min=1)  # none: all ranks are empty
+    return batch.scatter / pixels + eps * identity
 
 
 def newton_whitening(sigma: Tensor, num_iters: int) -> Tensor:

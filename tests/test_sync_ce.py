@@ -1,0 +1,274 @@
+"""SyncCE on real processes: every rank computes what one process would on the whole batch."""
+import contextlib
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.model import revert_sync_batchnorm
+from torch import nn
+
+from cenet_mmdet import CE, CEResNet, SyncCE
+from cenet_mmdet.layers.all_reduce import all_reduce
+from cenet_mmdet.layers.moments import moments, pool
+from cenet_mmdet.layers.whitening import covariance
+
+CHANNELS = 12
+STEPS = 3
+# For each rank (samples, height, width), an empty rank and unequal pixel counts included.
+SPLITS = {
+    'two equal': [(2, 4, 4), (2, 4, 4)],
+    'two unequal': [(3, 5, 3), (1, 7, 9)],
+    'three, one empty': [(2, 4, 6), (0, 4, 6), (3, 2, 5)],
+    'four, one of single pixels': [(1, 3, 3), (2, 4, 2), (4, 1, 1), (1, 6, 6)],
+}
+OPTIONS = {'both': {}, 'BD alone': dict(bd_ratio=1.0), 'IR alone': dict(bd_ratio=0.0),
+           'frozen F': dict(freeze='adaptive')}
+
+
+def spawn(function, split, *arguments, tmp_path):
+    """Run function(rank, shape, *arguments) in one process per rank, results by rank."""
+    address = f'file://{tmp_path}/rendezvous'
+    mp.spawn(_process, (address, function, split, arguments, str(tmp_path)), nprocs=len(split))
+    return [torch.load(tmp_path / f'rank{rank}.pt', weights_only=True)
+            for rank in range(len(split))]
+
+
+def _process(rank, address, function, split, arguments, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=address, rank=rank, world_size=len(split),
+                            timeout=datetime.timedelta(seconds=60))
+    torch.save(function(rank, split, *arguments), f'{folder}/rank{rank}.pt')
+    dist.destroy_process_group()
+
+
+def batches(split, step, dtype):
+    """Input and output gradient of each rank, another offset for each."""
+    generator = torch.Generator().manual_seed(step)
+    result = []
+    for rank, (n, height, width) in enumerate(split):
+        x, grad = torch.randn(2, n, CHANNELS, height, width, generator=generator,
+                              dtype=torch.float64)
+        result.append(((x * (1 + rank) + rank).to(dtype), grad.to(dtype)))
+    return result
+
+
+def layer(cls, dtype, options):
+    torch.manual_seed(0)
+    return cls(CHANNELS, group_size=4, dtype=dtype, **options)
+
+
+def train_rank(rank, split, dtype, options):
+    """Outputs, gradients and buffers of one rank, and the number of collectives of a step."""
+    ce = layer(SyncCE, dtype, options)
+    with count_collectives() as calls:
+        return train_steps(ce, rank, split, dtype, calls)
+
+
+def train_steps(ce, rank, split, dtype, calls):
+    outputs, gradients, counts = [], [], []
+    for step in range(STEPS):
+        x, grad = batches(split, step, dtype)[rank]
+        x.requires_grad_()
+        before = calls.copy()
+        y = ce(x)
+        forward = calls['n'] - before['n']
+        y.backward(grad)
+        counts.append([forward, calls['n'] - before['n'] - forward])
+        outputs.append(y.detach())
+        gradients.append(x.grad)
+    return dict(outputs=outputs, gradients=gradients, counts=torch.tensor(counts),
+                parameters={n: p.grad for n, p in ce.named_parameters() if p.grad is not None},
+                buffers=dict(ce.named_buffers()))
+
+
+@contextlib.contextmanager
+def count_collectives():
+    """Counts calls of all collectives there are."""
+    calls = {'n': 0}
+    names = ('all_reduce', 'all_gather', 'all_gather_into_tensor', 'broadcast', 'reduce',
+             'reduce_scatter', 'gather', 'all_to_all', 'barrier')
+    originals = {name: getattr(dist, name) for name in names}
+    for name, original in originals.items():
+
+        def counted(*args, original=original, **kwargs):
+            calls['n'] += 1
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    yield calls
+    for name, original in originals.items():
+        setattr(dist, name, original)
+
+
+def train_whole(split, dtype, options):
+    """The single-process layer on the union of the ranks' batches.
+
+    Samples of different sizes do not fit into one tensor: the moments are
+    taken from each and pooled by plain formulas, independent of the package's.
+    """
+    ce = layer(CE, dtype, options).double()  # float32's initial weights for float32
+    outputs, gradients = [], []
+    for step in range(STEPS):
+        parts = batches(split, step, dtype)
+        xs = [x.double().requires_grad_() for x, _ in parts]
+        ys = reference_forward(ce, xs)
+        torch.autograd.backward(ys, [grad.double() for _, grad in parts])
+        outputs.append([y.detach() for y in ys])
+        gradients.append([x.grad for x in xs])
+    return ce, outputs, gradients
+
+
+def reference_forward(ce, xs):
+    """CE's definition over samples of any sizes, written out."""
+    samples = [x[n:n + 1] for x in xs for n in range(len(x))]
+    pixels = torch.cat([s.flatten(2)[0] for s in samples], 1)  # (C, all pixels)
+    whitening = scale = None
+    with torch.no_grad():
+        ce.num_batches_tracked += 1
+    if ce.has_bd:
+        grouped = pixels.view(ce.num_groups, ce.group_size, -1)
+        mean = grouped.mean(-1, keepdim=True)
+        sigma = (grouped - mean) @ (grouped - mean).mT / grouped.shape[-1]
+        sigma = sigma + ce.eps * torch.eye(ce.group_size, dtype=sigma.dtype)
+        sigma_n = sigma / sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        whitening = torch.eye(ce.group_size, dtype=sigma.dtype).expand_as(sigma)
+        for _ in range(ce.num_iters):
+            whitening = 1.5 * whitening - 0.5 * whitening @ whitening @ whitening @ sigma_n
+        with torch.no_grad():
+            ce.running_mean += ce.momentum * (mean.flatten() - ce.running_mean)
+            ce.running_whitening += ce.momentum * (whitening - ce.running_whitening)
+    if ce.has_ir:
+        varied = [s.flatten(2).var(-1) for s in samples if s[0, 0].numel() > 1]
+        scale = torch.cat(varied).mean().sqrt()
+        with torch.no_grad():
+            ce.running_scale += ce.momentum * (scale - ce.running_scale)
+    ratio = torch.sigmoid(ce.lambda_logit) if ce.bd_ratio is None else ce.bd_ratio
+    outputs = []
+    for x in xs:
+        flat = x.flatten(2)
+        y = 0
+        if ce.has_bd:
+            grouped = flat.unflatten(1, (ce.num_groups, ce.group_size))
+            y = y + ratio * (whitening @ grouped).view_as(flat)
+        if ce.has_ir:
+            single = flat.shape[-1] == 1
+            variance = torch.zeros_like(flat[..., 0]) if single else flat.var(-1)
+            y = y + (1 - ratio) * (ce.reweighting(variance) / scale).unsqueeze(-1) * flat
+        outputs.append(y.view_as(x))
+    return outputs
+
+
+def train_rank_all(rank, split):
+    """All options in one set of processes, whose start is what takes time."""
+    results = {name: train_rank(rank, split, torch.float64, options)
+               for name, options in OPTIONS.items()}
+    return {**results, 'float32': train_rank(rank, split, torch.float32, {})}
+
+
+@pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
+def test_ranks_together_are_one_process(split, tmp_path):
+    """Several steps: outputs, gradients, summed parameter gradients and buffers."""
+    ranks = spawn(train_rank_all, split, tmp_path=tmp_path)
+    for name, options in OPTIONS.items():
+        compare([r[name] for r in ranks], *train_whole(split, torch.float64, options), atol=1e-10)
+    assert ranks[0]['float32']['outputs'][0].dtype == torch.float32
+    compare([r['float32'] for r in ranks], *train_whole(split, torch.float32, {}), atol=1e-5)
+
+
+def compare(ranks, ce, outputs, gradients, atol):
+    def close(ours, expected):
+        # relative to the largest entry: sums over hundreds of pixels are not of order one
+        bound = atol * max(1., float(expected.abs().max()) if expected.numel() else 1.)
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=bound)
+
+    for rank, result in enumerate(ranks):
+        for step in range(STEPS):
+            close(result['outputs'][step], outputs[step][rank])
+            close(result['gradients'][step], gradients[step][rank])
+        # exactly one collective each way
+        assert result['counts'].tolist() == [[1, 1]] * STEPS
+        for name, buffer in ce.named_buffers():
+            close(result['buffers'][name], buffer.double())
+            assert torch.equal(result['buffers'][name], ranks[0]['buffers'][name])
+    for name, parameter in ce.named_parameters():
+        if parameter.requires_grad:
+            close(sum(result['parameters'][name].double() for result in ranks), parameter.grad)
+
+
+def test_averaging_with_equal_weights_would_fail():
+    """What a layer would compute that averages its ranks' covariances: far beyond tolerance."""
+    split = SPLITS['two unequal']
+    parts = [x.flatten(2).transpose(0, 1).flatten(1) for x, _ in batches(split, 0, torch.float64)]
+    whole = torch.cov(torch.cat(parts, 1), correction=0)
+    averaged = sum(torch.cov(part, correction=0) for part in parts) / 2
+    assert (averaged - whole).norm() / whole.norm() > 0.1
+
+
+def all_empty(rank, split):
+    ce = layer(SyncCE, torch.float64, {})
+    ce(torch.randn(2, CHANNELS, 3, 3, dtype=torch.float64, generator=torch.Generator()))
+    before = {n: b.clone() for n, b in ce.named_buffers()}
+    x = torch.zeros(0, CHANNELS, 3, 3, dtype=torch.float64, requires_grad=True)
+    ce(x).sum().backward()
+    return dict(same=all(torch.equal(before[n], b) for n, b in ce.named_buffers()),
+                zero=all(not p.grad.any() for p in ce.parameters()))
+
+
+def test_all_ranks_empty_leaves_the_statistics(tmp_path):
+    for result in spawn(all_empty, [None, None], tmp_path=tmp_path):
+        assert result == dict(same=True, zero=True)
+
+
+def covariance_errors(rank, split, ratios):
+    """Errors of the synchronized covariance in units of a variance, float32."""
+    torch.manual_seed(0)
+    errors = []
+    for ratio in ratios:
+        parts = [(torch.randn(2, 1, 8, 400 + 100 * r, dtype=torch.float64) + ratio).float()
+                 for r in range(len(split))]
+        mine = parts[rank]
+        ours = covariance(all_reduce(pool(moments(mine), None, mine.shape[-1])), eps=1e-12)
+        pixels = torch.cat([p.double().transpose(0, 2).flatten(1) for p in parts], 1)
+        errors.append((ours[0] - torch.cov(pixels, correction=0)).abs().max())
+    return torch.stack(errors)
+
+
+def test_covariance_keeps_its_digits_under_offsets(tmp_path):
+    """mean / std up to 1000: error below 1e-4 of a variance, from the first step on."""
+    for errors in spawn(covariance_errors, [None, None], [1, 10, 100, 1000], tmp_path=tmp_path):
+        assert (errors < 1e-4).all(), errors
+
+
+class TestOneProcess:
+
+    def test_is_ce(self):
+        x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64)
+        sync, ce = layer(SyncCE, torch.float64, {}), layer(CE, torch.float64, {})
+        assert torch.equal(sync(x), ce(x))
+        assert all(torch.equal(a, b) for a, b in zip(sync.buffers(), ce.buffers()))
+
+    def test_conversion_keeps_parameters_and_back(self):
+        backbone = CEResNet(18, base_channels=8, stem_channels=8)
+        state = {k: v.data_ptr() for k, v in backbone.state_dict().items()}
+        sync = SyncCE.convert_sync_ce(backbone, process_group='group')
+        kinds = {type(ce) for _, ce in sync.ce_layers()}
+        assert kinds == {SyncCE}
+        assert sync.ce1.process_group == 'group'
+        assert {k: v.data_ptr() for k, v in sync.state_dict().items()} == state
+        back = SyncCE.revert_sync_ce(sync)
+        assert {type(ce) for _, ce in back.ce_layers()} == {CE}
+        assert {k: v.data_ptr() for k, v in back.state_dict().items()} == state
+
+    def test_a_single_layer_converts(self):
+        sync = SyncCE.convert_sync_ce(CE(8))
+        assert type(sync) is SyncCE
+        assert type(SyncCE.revert_sync_ce(sync)) is CE
+
+    def test_batch_norm_conversions_leave_it_alone(self):
+        network = nn.Sequential(nn.BatchNorm2d(8), SyncCE(8), CE(8))
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        assert [type(m) for m in network] == [nn.SyncBatchNorm, SyncCE, CE]
+        network = revert_sync_batchnorm(network)
+        assert [type(m) for m in network][1:] == [SyncCE, CE]
