@@ -6,7 +6,7 @@ from mmengine.config import Config, ConfigDict
 
 WEIGHTS_FIX = (
     'Put the file there, name it in the environment variable that the config reads '
-    '(CE_RESNET50_CHECKPOINT, RESNET50_CHECKPOINT), or pass '
+    '(CE_RESNET50_CHECKPOINT, RESNET50_CHECKPOINT and the like), or pass '
     '--cfg-options model.backbone.init_cfg.checkpoint=FILE.')
 
 

@@ -7,8 +7,9 @@ from conftest import ROOT, tool
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from cenet_mmdet import CEResNet
+from cenet_mmdet import CE, SyncCE
 
 CONFIGS = ROOT / 'configs'
 
@@ -60,9 +61,8 @@ def test_one_step_in_an_existing_config(base, backbone, shapes, tmp_path):
 
 
 def build(name):
-    cfg = Config.fromfile(CONFIGS / name)
     init_default_scope('mmdet')
-    return cfg, MODELS.build(cfg.model)
+    return MODELS.build(Config.fromfile(CONFIGS / name).model)
 
 
 def test_baseline_row_is_mmdetections_2x(tmp_path):
@@ -76,18 +76,55 @@ def test_baseline_row_is_mmdetections_2x(tmp_path):
     assert ours.auto_scale_lr.base_batch_size == 16
 
 
-def test_ce_row_freezes_batch_norm_and_ce_whole():
-    """Table 5, setting 1: only convolutions learn in the backbone, from layer2 on."""
-    _, model = build('mask_rcnn_ce_r50.py')
+CONV = r'(conv\d|downsample\.0)\.weight'
+NORM = r'(bn\d|downsample\.1)\.(weight|bias)'
+
+# row -> parameters of the backbone that learn, stages whose CE uses batch statistics
+ROWS = {
+    'mask_rcnn_r50.py': (rf'layer[234]\.\d+\.({CONV}|{NORM})', set()),
+    'mask_rcnn_ce_r50.py': (rf'layer[234]\.\d+\.{CONV}', set()),
+    'mask_rcnn_syncce_r50.py': (rf'layer[234]\.\d+\.({CONV}|{NORM})', {'layer2', 'layer3'}),
+    'mask_rcnn_r101.py': (rf'layer[234]\.\d+\.({CONV}|{NORM})', set()),
+    'mask_rcnn_ce_r101.py': (rf'layer[234]\.\d+\.{CONV}', set()),
+}
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_what_learns_and_which_statistics_are_used(row):
+    """Table 5's settings, read off the built model. The stem and layer1 are frozen throughout."""
+    model = build(row)
     model.train()
     backbone = model.backbone
-    assert isinstance(backbone, CEResNet)
-    learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    assert learning
-    assert all(re.match(r'layer[234]\..*(conv\d|downsample\.0)\.weight', n) for n in learning)
-    assert not any(ce.uses_batch_statistics for _, ce in backbone.ce_layers())
-    assert not any(m.training for m in backbone.modules()
-                   if isinstance(m, torch.nn.BatchNorm2d))
+    pattern, batch_stages = ROWS[row]
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad is bool(re.fullmatch(pattern, name)), name
+    ce = {name: m for name, m in backbone.named_modules() if isinstance(m, CE)}
+    counts = {'mask_rcnn_r50.py': 0, 'mask_rcnn_r101.py': 0, 'mask_rcnn_ce_r101.py': 8}
+    assert len(ce) == counts.get(row, 14)
+    assert {name.split('.')[0] for name, m in ce.items() if m.uses_batch_statistics} == \
+        batch_stages
+    synchronized = 'syncce' in row
+    assert {type(m) for m in ce.values()} <= {SyncCE if synchronized else CE}
+    for name, norm in backbone.named_modules():
+        if isinstance(norm, _BatchNorm):
+            frozen_stage = name.startswith(('bn1', 'layer1'))
+            assert norm.training is (synchronized and not frozen_stage), name
+            assert isinstance(norm, torch.nn.SyncBatchNorm) is synchronized
+    # heads and neck learn in every row
+    assert all(p.requires_grad for name, p in model.named_parameters()
+               if not name.startswith('backbone'))
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_1x_is_half_of_2x(row):
+    two, one = Config.fromfile(CONFIGS / row), Config.fromfile(CONFIGS / f'{row[:-3]}_1x.py')
+    assert (two.train_cfg.max_epochs, one.train_cfg.max_epochs) == (24, 12)
+    assert two.param_scheduler[1].milestones == [16, 22]
+    assert (one.param_scheduler[1].milestones, one.param_scheduler[1].end) == ([8, 11], 12)
+    assert one.param_scheduler[0] == two.param_scheduler[0]
+    assert one.model == two.model
+    assert one.optim_wrapper == two.optim_wrapper
+    assert one.auto_scale_lr.base_batch_size == 16
 
 
 def test_configs_read_the_environment(monkeypatch):

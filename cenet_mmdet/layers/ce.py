@@ -4,9 +4,10 @@ Paper: "Channel Equilibrium Networks for Learning Deep Representation",
 Shao, Tang, et al., ICML 2020. Section and equation numbers refer to it.
 
 A forward pass is moments (`moments.py`) -> operator (`whitening.py`,
-`reweighting.py`, `operator.py`) -> apply (`apply.py`). Only the first and the
-last touch the feature map, each with one batched product; what lies between
-is d x d algebra in float32 (float64 for float64 input).
+`reweighting.py`, `operator.py`) -> apply (`apply.py`); `sync_ce.py` puts an
+all-reduce of the moments behind the first. Only the first and the last touch
+the feature map, each with one batched product; what lies between is d x d
+algebra in float32 (float64 for float64 input).
 """
 from typing import Optional, Tuple, Union
 
