@@ -234,8 +234,12 @@ class TestUnsetStatistics:
         with pytest.raises(RuntimeError, match='never loaded'):
             CEResNet(18, ce_cfg=dict(freeze='all'), init_cfg=init_cfg, **SLIM).init_weights()
 
-    def test_frozen_stage_on_initial_statistics_is_warned_of_once(self, log):
-        backbone = CEResNet(18, frozen_stages=1, **SLIM)
+    def test_frozen_stage_on_initial_statistics_is_warned_of_once(self, log, tmp_path):
+        path = tmp_path / 'resnet.pth'
+        torch.save(ResNet(18, **SLIM).state_dict(), path)
+        backbone = CEResNet(18, frozen_stages=1,
+                            init_cfg=dict(type='Pretrained', checkpoint=str(path)), **SLIM)
+        backbone.init_weights()
         backbone.train()
         backbone(images())
         backbone(images())

@@ -180,21 +180,29 @@ class CEResNet(ResNet):
     def forward(self, x):
         if not self._statistics_checked:
             self._check_statistics()
+            self._warn_of_unset_stages()
             self._statistics_checked = True
         return super().forward(x)
 
+    def _unset_layers(self, frozen: bool) -> List[str]:
+        """CE layers about to use initial statistics, by `freeze='all'` or by their stage."""
+        return [name for name, ce in self.ce_layers()
+                if not ce.num_batches_tracked and not ce.uses_batch_statistics
+                and (ce.freeze == 'all') is frozen]
+
     def _check_statistics(self) -> None:
-        unset = [(name, ce) for name, ce in self.ce_layers()
-                 if not ce.num_batches_tracked and not ce.uses_batch_statistics]
-        frozen = [name for name, ce in unset if ce.freeze == 'all']
-        if frozen and not self.allow_unset:
+        unset = self._unset_layers(frozen=True)
+        if unset and not self.allow_unset:
             raise RuntimeError(
                 f"CE layers with freeze='all' have statistics that were never loaded or trained: "
-                f'{", ".join(frozen)}. Load a checkpoint that holds them (init_cfg or load_from), '
+                f'{", ".join(unset)}. Load a checkpoint that holds them (init_cfg or load_from), '
                 "train with freeze='none' or 'adaptive', or pass allow_unset=True.")
+
+    def _warn_of_unset_stages(self) -> None:
+        unset = self._unset_layers(frozen=False)
         if unset and self.training:
             print_log('CE layers run on initial statistics (W = I, s = 1), as their stage is '
-                      f'frozen and they were never loaded: {", ".join(n for n, _ in unset)}',
+                      f'frozen and they were never loaded: {", ".join(unset)}',
                       logger='current', level=logging.WARNING)
 
     def describe_ce(self) -> str:
