@@ -205,7 +205,8 @@ class TestRealImages:
         env = dict(COCO_ROOT=str(real_coco), CE_RESNET50_CHECKPOINT=str(pretrained))
         # Four iterations make no confident detection, and no summary without one.
         small = [*SMALL, 'model.test_cfg.rcnn.score_thr=0.001',
-                 'model.test_cfg.rcnn.max_per_img=10']
+                 'model.test_cfg.rcnn.max_per_img=10', 'val_dataloader.dataset.indices=16',
+                 'test_dataloader.dataset.indices=16']
         out = tool('train.py', CONFIG, '--cfg-options', *small, 'train_cfg.max_epochs=1',
                    'train_dataloader.dataset.indices=8', 'default_hooks.logger.interval=1',
                    cwd=tmp_path, env=env).stdout
