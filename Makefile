@@ -5,10 +5,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-long lint clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv must be compiled)
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
@@ -18,6 +18,9 @@ demo: setup  ## train, evaluate and draw on a small generated set (under 10 minu
 
 test: setup  ## run the test suite
 	$(RUN) -m pytest
+
+test-long: setup  ## run the tests that take minutes each: killed and resumed runs
+	$(RUN) -m pytest -m long -s
 
 lint: setup  ## check style
 	$(VENV)/bin/ruff check .

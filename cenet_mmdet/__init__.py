@@ -1,7 +1,7 @@
 """Channel Equilibrium networks for MMDetection.
 
-Importing the package registers CE, SyncCE and, where MMDetection is installed, the
-backbones in MMEngine's root registry, which every OpenMMLab library sees:
+Importing the package registers CE, SyncCE, a hook and, where MMDetection is installed,
+the backbones in MMEngine's root registries, which every OpenMMLab library sees:
 
     custom_imports = dict(imports=['cenet_mmdet'])
 
@@ -17,8 +17,11 @@ __all__ = ['CE', 'SyncCE']
 if find_spec('mmengine'):
     from mmengine.registry import MODELS
 
+    from .resume import ExactResumeHook
+
     MODELS.register_module(module=CE)
     MODELS.register_module(module=SyncCE)
+    __all__ += ['ExactResumeHook']
 
 if find_spec('mmdet'):
     from .backbones import CEResNet

@@ -1,7 +1,10 @@
-"""Finds missing files before a run starts, and says how to supply them."""
+"""Finds missing and damaged files before a run starts, and says how to supply them."""
+import pickle
+import zipfile
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
+import torch
 from mmengine.config import Config, ConfigDict
 
 WEIGHTS_FIX = (
@@ -10,15 +13,19 @@ WEIGHTS_FIX = (
     '--cfg-options model.backbone.init_cfg.checkpoint=FILE.')
 
 
-def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
-    """One line for each file or folder that the run would need and that is not there.
+# What MMEngine reads from a checkpoint to go on with a run.
+RESUMABLE = ('meta', 'state_dict', 'optimizer', 'message_hub')
 
-    Covers the annotations and images of the data sets, `load_from`, and, when
-    training, pretrained weights. Files with a scheme (`torchvision://`, `s3://`)
-    are left to MMEngine.
+
+def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
+    """One line for each file or folder that the run needs and that is missing or damaged.
+
+    Covers the annotations and images of the data sets, `load_from` or the
+    checkpoint to resume from, and, when training, pretrained weights. Files
+    with a scheme (`torchvision://`, `s3://`) are left to MMEngine.
 
     Args:
-        cfg: an MMEngine config.
+        cfg: an MMEngine config, with its `work_dir` where `resume` is set.
         splits: which of train, val and test the run uses.
     """
     problems = []
@@ -26,18 +33,60 @@ def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
         loader = cfg.get(f'{split}_dataloader')
         for dataset in _datasets(loader.dataset) if loader else ():
             problems += _missing_data(dataset)
-    if cfg.get('load_from'):
-        problems += _missing('checkpoint', cfg.load_from, 'Give the path of an existing one.')
+    if cfg.get('resume'):
+        problems += _not_resumable(cfg)
+    elif cfg.get('load_from'):
+        problems += _unreadable('checkpoint', cfg.load_from, 'Give the path of another one.')
     if 'train' in splits:
         for checkpoint in _pretrained(cfg.model):
-            problems += _missing('pretrained weights', checkpoint, WEIGHTS_FIX)
+            problems += _unreadable('pretrained weights', checkpoint, WEIGHTS_FIX)
     return list(dict.fromkeys(problems))
+
+
+def _not_resumable(cfg: Config) -> List[str]:
+    """What keeps a run from going on, from `load_from` or from its last checkpoint."""
+    path = cfg.get('load_from')
+    if not path:
+        pointer = Path(cfg.work_dir) / 'last_checkpoint'
+        if not pointer.is_file():
+            return []  # nothing to resume: MMEngine says so and starts
+        path = pointer.read_text().strip() or pointer
+    others = sorted(Path(path).parent.glob('*.pth'), key=lambda file: file.stat().st_mtime)
+    others = [str(file) for file in reversed(others) if file != Path(path)]
+    fix = 'Resume from an intact one' + (f': --resume {others[0]}' if others else '.')
+    problems = _unreadable('checkpoint', path, fix)
+    if not problems and '://' not in str(path):
+        lacking = [key for key in RESUMABLE if key not in _load(path)]
+        if lacking:
+            problems = [f'not a checkpoint that a run can be resumed from: {path} has no '
+                        f'{", ".join(lacking)}. To start a new run from its weights, pass '
+                        f'--cfg-options load_from={path} instead of --resume.']
+    return problems
+
+
+def _unreadable(what: str, path, fix: str) -> List[str]:
+    problems = _missing(what, path, fix)
+    if problems or '://' in str(path):
+        return problems
+    if _load(path) is None:
+        return [f'{what} damaged: {path} is truncated or was not written by torch.save. {fix}']
+    return []
+
+
+def _load(path) -> Optional[dict]:
+    """The checkpoint, its tensors left on the disk where the format allows; None if unreadable."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=False,
+                                mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        return None
+    return checkpoint if isinstance(checkpoint, dict) else None
 
 
 def _missing_data(dataset: ConfigDict) -> List[str]:
     root = Path(dataset.get('data_root') or '')
-    fix = ('Set COCO_ROOT to the folder that holds annotations/, train2017/ and val2017/ '
-           f'(now {root}).')
+    fix = (f'Set COCO_ROOT to the folder that holds annotations/ and images (now {root}), and '
+           'COCO_YEAR=2014 if they are the files of 2014.')
     problems = []
     if dataset.get('ann_file'):
         problems += _missing('annotations', root / dataset.ann_file, fix)

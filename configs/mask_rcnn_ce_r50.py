@@ -2,8 +2,6 @@
 # beta, lambda, the IR subnetwork and all running statistics.
 _base_ = './mask_rcnn_r50.py'
 
-custom_imports = dict(imports=['cenet_mmdet'])
-
 model = dict(
     backbone=dict(
         type='CEResNet',

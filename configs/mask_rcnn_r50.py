@@ -3,7 +3,7 @@ _base_ = [
     './_base_/coco_instance.py',
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/schedules/schedule_2x.py',
-    'mmdet::_base_/default_runtime.py',
+    './_base_/runtime.py',
 ]
 
 model = dict(

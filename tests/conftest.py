@@ -10,6 +10,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_COCO = ROOT.parent / 'shared' / 'coco_real_mini'
 
+# Shortens a run on COCO-like data without changing what is run.
+SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,128)',
+         'val_dataloader.dataset.pipeline.1.scale=(160,128)',
+         'test_dataloader.dataset.pipeline.1.scale=(160,128)',
+         'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
+         'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
+         'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
+
 torch.set_num_threads(2)
 
 

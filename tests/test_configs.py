@@ -1,15 +1,22 @@
 """The shipped configs, and CE inside configs that people already have."""
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, tool
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cenet_mmdet import CE, SyncCE
+from cenet_mmdet.cpu import CPUDistributedDataParallel
+from cenet_mmdet.preflight import missing_files
 
 CONFIGS = ROOT / 'configs'
 
@@ -125,6 +132,98 @@ def test_1x_is_half_of_2x(row):
     assert one.model == two.model
     assert one.optim_wrapper == two.optim_wrapper
     assert one.auto_scale_lr.base_batch_size == 16
+
+
+class TestDistributedDataParallel:
+
+    @pytest.fixture
+    def process_group(self, tmp_path):
+        dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0,
+                                world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    @pytest.mark.parametrize('row', ROWS)
+    def test_no_row_needs_find_unused_parameters(self, row, process_group):
+        """Images with objects, then without: DDP fails in the step after one with unused ones."""
+        self.train(row)
+
+    def test_an_unused_parameter_would_be_seen(self, process_group):
+        with pytest.raises(RuntimeError, match='find_unused_parameters'):
+            self.train('mask_rcnn_ce_r50.py', unused=torch.nn.Parameter(torch.zeros(1)))
+
+    @staticmethod
+    def train(row, **extra):
+        cfg = Config.fromfile(CONFIGS / row)
+        cfg.model.backbone.init_cfg = None
+        if 'ce_' in row:
+            cfg.model.backbone.allow_unset = True
+        cfg.model.train_cfg.rpn_proposal.max_per_img = 20
+        cfg.model.train_cfg.rcnn.sampler.num = 8
+        init_default_scope('mmdet')
+        model = MODELS.build(cfg.model)
+        for name, parameter in extra.items():
+            model.register_parameter(name, parameter)
+        model = CPUDistributedDataParallel(model)
+        optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0))
+        model.train()
+        for objects in (2, 0, 1):
+            data = demo_mm_inputs(1, image_shapes=[(3, 64, 96)], num_items=[objects],
+                                  with_mask=True)
+            model.train_step(data, optimizer)
+
+
+class TestFilesOf2014:
+
+    @pytest.fixture
+    def coco2014(self, shapes, tmp_path, monkeypatch):
+        """The generated set under the names of 2014: 10 = 6 + 4 training images, 6 for mini-val."""
+        (tmp_path / 'annotations').mkdir()
+        (tmp_path / 'train2014').symlink_to(shapes / 'train2017')
+        (tmp_path / 'val2014').mkdir()
+        train, val = (json.loads((shapes / f'annotations/instances_{split}2017.json').read_text())
+                      for split in ('train', 'val'))
+        for data, folder in ((train, 'train2017'), (val, 'val2017')):
+            for image in data['images']:  # both folders number their images from 1
+                source = shapes / folder / image['file_name']
+                if data is val:
+                    image['file_name'] = f'minival_{source.name}'
+                (tmp_path / 'val2014' / image['file_name']).symlink_to(source)
+        for name, data in (('train2014', dict(train, images=train['images'][:6])),
+                           ('valminusminival2014', dict(train, images=train['images'][6:])),
+                           ('minival2014', val)):
+            (tmp_path / f'annotations/instances_{name}.json').write_text(json.dumps(data))
+        monkeypatch.setenv('COCO_ROOT', str(tmp_path))
+        monkeypatch.setenv('COCO_YEAR', '2014')
+        return tmp_path
+
+    def test_both_training_files_and_mini_val_are_read(self, coco2014):
+        cfg = Config.fromfile(CONFIGS / 'mask_rcnn_ce_r50.py')
+        assert missing_files(cfg, ('test', )) == []
+        metainfo = dict(classes=('disk', 'square', 'triangle', 'star', 'cross'))
+        for part in cfg.train_dataloader.dataset.datasets:
+            part.metainfo = metainfo
+            part.filter_cfg = dict(filter_empty_gt=False)
+        init_default_scope('mmdet')
+        train = DATASETS.build(cfg.train_dataloader.dataset)
+        folders = [Path(train.get_data_info(i)['img_path']).parent.name for i in range(len(train))]
+        assert folders == ['train2014'] * 6 + ['val2014'] * 4
+        for index in (0, 9):
+            assert train[index]['inputs'].dim() == 3
+        cfg.val_dataloader.dataset.metainfo = metainfo
+        assert len(DATASETS.build(cfg.val_dataloader.dataset)) == 6
+        assert cfg.test_dataloader.dataset.ann_file == cfg.val_dataloader.dataset.ann_file
+        assert cfg.val_evaluator.ann_file == f'{coco2014}/annotations/instances_minival2014.json'
+
+    def test_a_missing_part_is_named(self, coco2014):
+        (coco2014 / 'annotations/instances_valminusminival2014.json').unlink()
+        problem, = missing_files(Config.fromfile(CONFIGS / 'mask_rcnn_r50.py'), ('train', ))
+        assert 'instances_valminusminival2014.json. Set COCO_ROOT' in problem
+
+    def test_other_years_are_refused(self, monkeypatch):
+        monkeypatch.setenv('COCO_YEAR', '2015')
+        with pytest.raises(ValueError, match='must be 2017 or 2014, got'):
+            Config.fromfile(CONFIGS / 'mask_rcnn_r50.py')
 
 
 def test_configs_read_the_environment(monkeypatch):

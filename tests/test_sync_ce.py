@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmcv.cnn import fuse_conv_bn
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cenet_mmdet import CE, CEResNet, SyncCE
 from cenet_mmdet.layers.all_reduce import all_reduce
@@ -221,24 +223,33 @@ def test_all_ranks_empty_leaves_the_statistics(tmp_path):
         assert result == dict(same=True, zero=True)
 
 
-def covariance_errors(rank, split, ratios):
-    """Errors of the synchronized covariance in units of a variance, float32."""
+# mean and deviation of the channels of each case; the last has inhibited ones (gamma 1e-3,
+# beta 0.3 after a batch norm) beside ordinary ones
+OFFSETS = {**{f'mean/std {ratio}': [(ratio, 1)] * 8 for ratio in (1, 10, 100, 1000)},
+           'inhibited': [(0.3, 1e-3)] * 4 + [(0.3, 1)] * 4}
+
+
+def covariance_errors(rank, split):
+    """Largest error of the synchronized float32 covariance, in units of the deviations."""
     torch.manual_seed(0)
     errors = []
-    for ratio in ratios:
-        parts = [(torch.randn(2, 1, 8, 400 + 100 * r, dtype=torch.float64) + ratio).float()
+    for offsets in OFFSETS.values():
+        mean, std = torch.tensor(offsets, dtype=torch.float64).T.unsqueeze(-1)  # (8, 1) each
+        parts = [(torch.randn(2, 1, 8, 400 + 100 * r, dtype=torch.float64) * std + mean).float()
                  for r in range(len(split))]
         mine = parts[rank]
         ours = covariance(all_reduce(pool(moments(mine), None, mine.shape[-1])), eps=1e-12)
         pixels = torch.cat([p.double().transpose(0, 2).flatten(1) for p in parts], 1)
-        errors.append((ours[0] - torch.cov(pixels, correction=0)).abs().max())
+        error = ours[0] - torch.cov(pixels, correction=0)
+        errors.append((error / (std * std.T)).abs().max())
     return torch.stack(errors)
 
 
 def test_covariance_keeps_its_digits_under_offsets(tmp_path):
-    """mean / std up to 1000: error below 1e-4 of a variance, from the first step on."""
-    for errors in spawn(covariance_errors, [None, None], [1, 10, 100, 1000], tmp_path=tmp_path):
-        assert (errors < 1e-4).all(), errors
+    """From the first step on, and for inhibited channels: error below 1e-4 of a variance."""
+    for errors in spawn(covariance_errors, [None, None], tmp_path=tmp_path):
+        assert len(errors) == len(OFFSETS)
+        assert (errors < 1e-4).all(), dict(zip(OFFSETS, errors.tolist()))
 
 
 class TestOneProcess:
@@ -272,3 +283,22 @@ class TestOneProcess:
         assert [type(m) for m in network] == [nn.SyncBatchNorm, SyncCE, CE]
         network = revert_sync_batchnorm(network)
         assert [type(m) for m in network][1:] == [SyncCE, CE]
+
+    @pytest.mark.parametrize('options', [
+        {}, dict(deep_stem=True), dict(ce_cfg=dict(type='SyncCE'), depth=50)], ids=str)
+    def test_fuse_conv_bn_leaves_it_intact_and_correct(self, options):
+        """Convolutions take up the batch norms, CE follows them as before."""
+        torch.manual_seed(0)
+        backbone = CEResNet(**{'depth': 18, **options}, base_channels=8, stem_channels=8)
+        x = torch.randn(2, 3, 64, 64)
+        backbone.train()
+        for _ in range(2):  # statistics that are not the initial ones
+            backbone(x)
+        backbone.double().eval()
+        expected = backbone(x.double())
+        layers = dict(backbone.ce_layers())
+        fused = fuse_conv_bn(backbone)
+        assert not any(isinstance(m, _BatchNorm) for m in fused.modules())
+        assert dict(fused.ce_layers()) == layers
+        for ours, theirs in zip(fused(x.double()), expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run, tool
+from conftest import ROOT, SMALL, run, tool
 from mmengine.runner.checkpoint import save_checkpoint
 
 from cenet_mmdet import CEResNet
@@ -17,14 +17,6 @@ DEMO_CONFIG = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
 PYTHON_TOOLS = ['train.py', 'test.py', 'browse_dataset.py', 'get_flops.py', 'demo.py',
                 'make_demo_data.py', 'setup_env.py']
 SHELL_TOOLS = ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh']
-
-# Shortens a run on COCO-like data without changing what is run.
-SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,128)',
-         'val_dataloader.dataset.pipeline.1.scale=(160,128)',
-         'test_dataloader.dataset.pipeline.1.scale=(160,128)',
-         'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
-         'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
-         'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,9 @@ from pathlib import Path
 import mmdet
 from mmengine.config import Config, DictAction
 
+from cenet_mmdet.cpu import init_process_group, runs_on_cpu
 from cenet_mmdet.preflight import missing_files
+from cenet_mmdet.resume import ForeignCheckpointError
 
 
 def load_config(path, options=None):
@@ -32,12 +34,16 @@ def check_files(splits, positional=('config', )):
         parser.add_argument(name)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     parser.add_argument('--resume', nargs='?', const='auto')
+    parser.add_argument('--work-dir')
     arguments, _ = parser.parse_known_args()
     cfg = load_config(arguments.config, arguments.cfg_options)
     if 'checkpoint' in positional:
         cfg.load_from = arguments.checkpoint
-    elif arguments.resume not in (None, 'auto'):
-        cfg.load_from = arguments.resume
+    elif arguments.resume:
+        cfg.resume = True
+        cfg.load_from = None if arguments.resume == 'auto' else arguments.resume
+        cfg.work_dir = (arguments.work_dir or cfg.get('work_dir')
+                        or str(Path('work_dirs') / Path(arguments.config).stem))
     problems = missing_files(cfg, splits)
     if problems:
         sys.exit('\n'.join(problems))
@@ -56,4 +62,32 @@ def run_tool(tool, doc):
                  'Install it from a wheel or sdist: pip install onedl-mmdetection==3.5.1')
     if asks_for_help():
         print(doc)
-    runpy.run_path(str(path), run_name='__main__')
+    elif runs_on_cpu():
+        _adapt_to_cpu()
+    try:
+        runpy.run_path(str(path), run_name='__main__')
+    except ForeignCheckpointError as error:
+        sys.exit(str(error))
+
+
+def _adapt_to_cpu():
+    """Change the command line into one under which MMEngine does the same on CPUs."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--launcher')
+    parser.add_argument('--amp', action='store_true')
+    arguments, _ = parser.parse_known_args()
+    if arguments.amp:
+        sys.exit("--amp needs a GPU: MMCV's operators compute in float32 on CPUs. Leave it out.")
+    if arguments.launcher == 'pytorch':
+        init_process_group()
+        _add_option('model_wrapper_cfg.type=CPUDistributedDataParallel')
+
+
+def _add_option(option):
+    """Put one more KEY=VALUE into the --cfg-options, of which argparse heeds the last list only."""
+    for index, argument in enumerate(sys.argv):
+        name, _, value = argument.partition('=')
+        if len(name) > 2 and '--cfg-options'.startswith(name):
+            sys.argv[index:index + 1] = ['--cfg-options', option, *([value] if value else [])]
+            return
+    sys.argv += ['--cfg-options', option]

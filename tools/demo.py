@@ -39,7 +39,7 @@ def build_runner(arguments):
     from mmengine.config import Config
     from mmengine.runner import Runner
 
-    os.environ['COCO_ROOT'] = str(arguments.data.absolute())
+    os.environ.update(COCO_ROOT=str(arguments.data.absolute()), COCO_YEAR='2017')
     cfg = Config.fromfile(CONFIG)
     cfg.work_dir = str(arguments.work_dir)
     cfg.randomness = dict(seed=arguments.seed)

@@ -3,10 +3,8 @@
 _base_ = [
     '../_base_/coco_instance.py',
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/runtime.py',
 ]
-
-custom_imports = dict(imports=['cenet_mmdet'])
 
 metainfo = dict(
     classes=('disk', 'square', 'triangle', 'star', 'cross'),
