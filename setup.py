@@ -21,7 +21,7 @@ setup(
         # what tools/ need beyond MMDetection's own dependencies
         'tools': ['matplotlib', 'pycocotools', 'rich'],
         'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'pre-commit>=3.5',
-                'pytest>=8', 'ruff==0.17.6'],
+                'psutil', 'pytest>=8', 'ruff==0.17.6'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

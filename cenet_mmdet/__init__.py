@@ -1,18 +1,20 @@
 """Channel Equilibrium networks for MMDetection.
 
-Importing the package registers CE, SyncCE, a hook and, where MMDetection is installed,
-the backbones in MMEngine's root registries, which every OpenMMLab library sees:
+Importing the package registers the layers, norms, backbones and a hook in MMEngine's root
+registries, which every OpenMMLab library sees, as far as what they need is installed:
 
     custom_imports = dict(imports=['cenet_mmdet'])
 
-The layers themselves need torch alone.
+The layers and `insert_ce` need torch alone, the norms MMCV, the backbones MMDetection;
+`cenet_mmdet.pretrain` has what needs mmpretrain.
 """
 from importlib.util import find_spec
 
-from .layers import CE, SyncCE
+from .insert import insert_ce
+from .layers import CE, DBN, IterNorm, SyncCE
 
 __version__ = '0.1.0'
-__all__ = ['CE', 'SyncCE']
+__all__ = ['CE', 'DBN', 'IterNorm', 'SyncCE', 'insert_ce']
 
 if find_spec('mmengine'):
     from mmengine.registry import MODELS
@@ -23,7 +25,12 @@ if find_spec('mmengine'):
     MODELS.register_module(module=SyncCE)
     __all__ += ['ExactResumeHook']
 
-if find_spec('mmdet'):
-    from .backbones import CEResNet
+if find_spec('mmcv'):
+    from .norms import CEBN, CEGN, CEIN, CESyncBN
 
-    __all__ += ['CEResNet']
+    __all__ += ['CEBN', 'CEGN', 'CEIN', 'CESyncBN']
+
+if find_spec('mmdet'):
+    from .backbones import CEMobileNetV2, CEResNet
+
+    __all__ += ['CEMobileNetV2', 'CEResNet']

@@ -9,9 +9,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import set_random_seed
 
-
-class ForeignCheckpointError(ValueError):
-    """A run was to be resumed from the checkpoint of another model."""
+from .checkpoints import CheckpointError, first_difference
 
 
 @HOOKS.register_module()
@@ -25,13 +23,18 @@ class ExactResumeHook(Hook):
 
     Raises:
         ValueError: if data workers outlive the epoch, for they cannot be seeded.
-        ForeignCheckpointError: on resuming from weights of other names or shapes.
+        CheckpointError: on resuming from weights of other names or shapes.
     """
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner.cfg.get('resume'):
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            _compare(checkpoint['state_dict'], model.state_dict())
+            difference = first_difference(model.state_dict(), checkpoint['state_dict'])
+            if difference:
+                raise CheckpointError(
+                    f'cannot resume from the checkpoint of another model: {difference}. To start '
+                    'a new run from its weights, pass --cfg-options load_from=FILE instead of '
+                    '--resume.')
 
     def before_train(self, runner) -> None:
         loader = runner.train_dataloader
@@ -50,15 +53,3 @@ class ExactResumeHook(Hook):
         set_random_seed(seed)
         loader.worker_init_fn = partial(
             worker_init_fn, num_workers=loader.num_workers, rank=rank, seed=seed)
-
-
-def _compare(loaded: dict, expected: dict) -> None:
-    """Refuse weights that differ in names or shapes; the error names the first difference."""
-    for name in [*expected, *loaded]:
-        ours, theirs = (tuple(state[name].shape) if name in state else 'missing'
-                        for state in (expected, loaded))
-        if ours != theirs:
-            raise ForeignCheckpointError(
-                f'cannot resume: the checkpoint is of another model. {name} is {theirs} in the '
-                f"checkpoint and {ours} in the config's model. To start a new run from these "
-                'weights, pass --cfg-options load_from=FILE instead of --resume.')

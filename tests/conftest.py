@@ -18,6 +18,11 @@ SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,128)',
          'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
          'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
 
+# RoIAlign is what costs most on a CPU; and untrained weights make no confident detection,
+# without which there is no summary.
+FEW_ROIS = ['model.train_cfg.rcnn.sampler.num=16', 'model.train_cfg.rpn_proposal.max_per_img=50',
+            'model.test_cfg.rcnn.score_thr=0.001', 'model.test_cfg.rcnn.max_per_img=10']
+
 torch.set_num_threads(2)
 
 

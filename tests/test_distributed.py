@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, run, tool
+from conftest import FEW_ROIS, ROOT, SMALL, run, tool
 
 CONFIG = ROOT / 'configs' / 'mask_rcnn_syncce_r50.py'
 PATH = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
@@ -44,10 +44,7 @@ def launcher_env(data):
         return dict(COCO_ROOT=str(data), PATH=PATH, PORT=str(free.getsockname()[1]))
 
 
-UNTRAINED = [*SMALL, 'model.backbone.init_cfg=None', 'model.train_cfg.rcnn.sampler.num=16',
-             'model.train_cfg.rpn_proposal.max_per_img=50',
-             # untrained weights make no confident detection
-             'model.test_cfg.rcnn.score_thr=0.001', 'model.test_cfg.rcnn.max_per_img=10']
+UNTRAINED = [*SMALL, *FEW_ROIS, 'model.backbone.init_cfg=None']
 
 
 @pytest.fixture(scope='module')
@@ -281,4 +278,4 @@ class TestResumeRefusals:
         torch.save(state, path)
         message = self.refusal(shapes, work_dir, path)
         assert ('backbone.layer2.0.ce.lambda_logit is (3,) in the checkpoint and (1,) in the '
-                "config's model") in message
+                'network') in message

@@ -291,7 +291,7 @@ class TestModes:
         torch.manual_seed(0)
         ce = CE(16)
         x = random_input(2, 16, 12, 12, dtype=torch.float32) + 3
-        with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.autocast('cpu', dtype=dtype):
             y = ce(x.to(dtype))
         assert y.dtype == dtype
         torch.manual_seed(0)

@@ -166,7 +166,19 @@ def train_rank_all(rank, split):
     """All options in one set of processes, whose start is what takes time."""
     results = {name: train_rank(rank, split, torch.float64, options)
                for name, options in OPTIONS.items()}
-    return {**results, 'float32': train_rank(rank, split, torch.float32, {})}
+    return {**results, 'float32': train_rank(rank, split, torch.float32, {}),
+            'bfloat16': half_precision(rank, split)}
+
+
+def half_precision(rank, split):
+    """Under autocast: type of the output, buffers against those of the same input in float32."""
+    x = batches(split, 0, torch.bfloat16)[rank][0]
+    half, single = layer(SyncCE, torch.float32, {}), layer(SyncCE, torch.float32, {})
+    with torch.autocast('cpu', torch.bfloat16):
+        y = half(x)
+    single(x.float())
+    return dict(kept=y.dtype == x.dtype, error=max(
+        float((a - b).abs().max()) for a, b in zip(half.buffers(), single.buffers())))
 
 
 @pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
@@ -177,6 +189,9 @@ def test_ranks_together_are_one_process(split, tmp_path):
         compare([r[name] for r in ranks], *train_whole(split, torch.float64, options), atol=1e-10)
     assert ranks[0]['float32']['outputs'][0].dtype == torch.float32
     compare([r['float32'] for r in ranks], *train_whole(split, torch.float32, {}), atol=1e-5)
+    for r in ranks:
+        assert r['bfloat16']['kept']
+        assert r['bfloat16']['error'] < 1e-5
 
 
 def compare(ranks, ce, outputs, gradients, atol):

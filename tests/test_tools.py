@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run, tool
+from conftest import FEW_ROIS, ROOT, SMALL, run, tool
 from mmengine.runner.checkpoint import save_checkpoint
 
 from cenet_mmdet import CEResNet
@@ -195,9 +195,7 @@ class TestRealImages:
     def test_shipped_config_trains_and_evaluates(self, real_coco, pretrained, tmp_path):
         """Crowds, empty and grey images included, through to the COCO summary."""
         env = dict(COCO_ROOT=str(real_coco), CE_RESNET50_CHECKPOINT=str(pretrained))
-        # Four iterations make no confident detection, and no summary without one.
-        small = [*SMALL, 'model.test_cfg.rcnn.score_thr=0.001',
-                 'model.test_cfg.rcnn.max_per_img=10', 'val_dataloader.dataset.indices=16',
+        small = [*SMALL, *FEW_ROIS, 'val_dataloader.dataset.indices=16',
                  'test_dataloader.dataset.indices=16']
         out = tool('train.py', CONFIG, '--cfg-options', *small, 'train_cfg.max_epochs=1',
                    'train_dataloader.dataset.indices=8', 'default_hooks.logger.interval=1',

@@ -7,9 +7,9 @@ from pathlib import Path
 import mmdet
 from mmengine.config import Config, DictAction
 
+from cenet_mmdet.checkpoints import CheckpointError
 from cenet_mmdet.cpu import init_process_group, runs_on_cpu
 from cenet_mmdet.preflight import missing_files
-from cenet_mmdet.resume import ForeignCheckpointError
 
 
 def load_config(path, options=None):
@@ -20,6 +20,23 @@ def load_config(path, options=None):
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
     return cfg
+
+
+def build_model(path):
+    """The config's model with random weights, as it would train on one process."""
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    import cenet_mmdet.backbones  # noqa: F401
+
+    cfg = load_config(path)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    cfg.model.backbone.init_cfg = None
+    with MODELS.switch_scope_and_registry(None) as registry:
+        model = revert_sync_batchnorm(registry.build(cfg.model))
+    if hasattr(model.backbone, 'allow_unset'):
+        model.backbone.allow_unset = True  # frozen CE layers refuse to run on unset statistics
+    return model
 
 
 def check_files(splits, positional=('config', )):
@@ -66,7 +83,7 @@ def run_tool(tool, doc):
         _adapt_to_cpu()
     try:
         runpy.run_path(str(path), run_name='__main__')
-    except ForeignCheckpointError as error:
+    except CheckpointError as error:
         sys.exit(str(error))
 
 

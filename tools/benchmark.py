@@ -8,7 +8,6 @@ steps of all models are interleaved, and the table gives ratios to the first.
 """
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -26,23 +25,6 @@ def parse_args():
                         help='timed steps of each model, after one that is not (%(default)s)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
     return parser.parse_args()
-
-
-def build(path, device):
-    """The config's model in training mode, with random weights."""
-    from _mmdet import load_config
-    from mmdet.registry import MODELS
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import init_default_scope
-
-    cfg = load_config(path)
-    init_default_scope('mmdet')
-    cfg.model.backbone.init_cfg = None
-    if cfg.model.backbone.type == 'CEResNet':
-        cfg.model.backbone.allow_unset = True
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
-    model.train()
-    return model
 
 
 def training_step(model, optimizer, data):
@@ -78,6 +60,7 @@ def kept_for_backward(model, data):
 def measure(arguments):
     """For each config: seconds of its steps, bytes kept."""
     import torch
+    from _mmdet import build_model
     from mmdet.testing import demo_mm_inputs
     from mmengine.optim import OptimWrapper
     from rich.progress import track
@@ -86,7 +69,7 @@ def measure(arguments):
     data = demo_mm_inputs(arguments.images, image_shapes=[(3, *arguments.size)] * arguments.images,
                           num_items=[8] * arguments.images, with_mask=True,
                           device=arguments.device)
-    models = [build(path, arguments.device) for path in arguments.configs]
+    models = [build_model(path).to(arguments.device).train() for path in arguments.configs]
     optimizers = [OptimWrapper(torch.optim.SGD(model.parameters(), **SGD)) for model in models]
     kept = [kept_for_backward(model, data) for model in models]
     seconds = [[] for _ in models]
@@ -114,9 +97,6 @@ def print_table(configs, results):
 
 def main():
     arguments = parse_args()
-    for path in arguments.configs:
-        if not Path(path).is_file():
-            sys.exit(f'config not found: {path}')
     print_table(arguments.configs, measure(arguments))
 
 

@@ -1,15 +1,15 @@
 """ResNet with Channel Equilibrium layers; everything else is MMDetection's ResNet."""
 import logging
-import re
 from collections import Counter
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..layers import CE
+from ..insert import build_layer
+from .ce_network import CENetwork
 
 # The released ResNet-50 whitens all 64 channels of the stem in one group.
 STEM_GROUP_SIZE = 64
@@ -25,8 +25,6 @@ DEFAULT_STAGES = {
     101: (True, True, False, False),
     152: (True, True, False, False),
 }
-
-CE_KEY = re.compile(r'(^|\.)ce1?\.')
 
 
 class CEBasicBlock(BasicBlock):
@@ -61,7 +59,7 @@ class CEBottleneck(Bottleneck):
 
 
 @MODELS.register_module()
-class CEResNet(ResNet):
+class CEResNet(CENetwork, ResNet):
     """CE-ResNet: CE after the last norm of residual blocks, before the addition (Figure 2c).
 
     State dict keys are ResNet's plus `ce1.*` (`stem.ce.*` in a deep stem) and
@@ -72,7 +70,8 @@ class CEResNet(ResNet):
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        ce_cfg: arguments of the CE layers; `type` is CE unless given.
+        ce_cfg: arguments of the CE layers; `type` is CE unless given, and may
+            name any registered layer that takes a number of channels first.
         ce_blocks: for each stage, the indices of the blocks that carry a CE
             layer, e.g. `[(0, 1, 2), (0, 3), (), ()]`. Default: every block of
             all stages (18, 34), of the first three (50) or of the first two
@@ -89,8 +88,7 @@ class CEResNet(ResNet):
 
     Raises:
         ValueError: for an unknown depth or position, or a block that does not exist.
-        RuntimeError: if `freeze='all'` would run on unset statistics; when a
-            pretrained checkpoint did not hold them, else in the first forward.
+        CheckpointError, RuntimeError: as CENetwork's.
     """
     arch_settings = {
         18: (CEBasicBlock, (2, 2, 2, 2)),
@@ -114,24 +112,21 @@ class CEResNet(ResNet):
         if ce_position not in POSITIONS:
             raise ValueError(f'ce_position must be one of {POSITIONS}, got {ce_position!r}')
         super().__init__(depth, zero_init_residual=zero_init_residual, **kwargs)
-        self.ce_cfg = {'type': 'CE', **(ce_cfg or {})}
+        self.ce_cfg = ce_cfg or {}
         self.allow_unset = allow_unset
-        self._statistics_checked = False
         if ce_stem:
             self._add_stem_ce()
         self._add_block_ce(ce_blocks, ce_position)
         if zero_init_residual and not (kwargs.get('init_cfg') or kwargs.get('pretrained')):
             self._zero_last_norms()
         self._freeze_stages()  # once more, for the layers just added
-        self.register_load_state_dict_post_hook(_report_ce_keys)
 
     @property
     def norm1(self) -> nn.Module:
         return _norm_then_ce(super().norm1, self._modules.get('ce1'))
 
     def _add_stem_ce(self) -> None:
-        cfg = {**self.ce_cfg, 'group_size': STEM_GROUP_SIZE}
-        ce = MODELS.build({**cfg, 'in_channels': self.stem_channels})
+        ce = build_layer({**self.ce_cfg, 'group_size': STEM_GROUP_SIZE}, self.stem_channels)
         if self.deep_stem:
             *layers, relu = self.stem.named_children()
             self.stem = nn.Sequential()
@@ -156,7 +151,7 @@ class CEResNet(ResNet):
                 block = blocks[index]
                 block.ce_norm = block.last_norm if position == 'last' else 'norm2'
                 conv = getattr(block, block.ce_norm.replace('norm', 'conv'))
-                block.ce = MODELS.build({**self.ce_cfg, 'in_channels': conv.out_channels})
+                block.ce = build_layer(self.ce_cfg, conv.out_channels)
 
     def _zero_last_norms(self) -> None:
         # ResNet does this for its own two block classes only, subclasses are left out.
@@ -165,41 +160,14 @@ class CEResNet(ResNet):
                 name = getattr(block, f'{block.last_norm}_name')
                 block.init_cfg = dict(type='Constant', val=0, override=dict(name=name))
 
-    def ce_layers(self) -> Iterator[Tuple[str, CE]]:
-        """Names and modules of the CE layers."""
-        return ((name, m) for name, m in self.named_modules() if isinstance(m, CE))
-
     def init_weights(self) -> None:
         """Initialize or load the weights, then log what the CE layers will do in training."""
         super().init_weights()
-        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
-        if any(cfg.get('type') == 'Pretrained' for cfg in configs):
-            self._check_statistics()
         print_log(self.describe_ce(), logger='current')
 
-    def forward(self, x):
-        if not self._statistics_checked:
-            self._check_statistics()
-            self._warn_of_unset_stages()
-            self._statistics_checked = True
-        return super().forward(x)
-
-    def _unset_layers(self, frozen: bool) -> List[str]:
-        """CE layers about to use initial statistics, by `freeze='all'` or by their stage."""
-        return [name for name, ce in self.ce_layers()
-                if not ce.num_batches_tracked and not ce.uses_batch_statistics
-                and (ce.freeze == 'all') is frozen]
-
-    def _check_statistics(self) -> None:
-        unset = self._unset_layers(frozen=True)
-        if unset and not self.allow_unset:
-            raise RuntimeError(
-                f"CE layers with freeze='all' have statistics that were never loaded or trained: "
-                f'{", ".join(unset)}. Load a checkpoint that holds them (init_cfg or load_from), '
-                "train with freeze='none' or 'adaptive', or pass allow_unset=True.")
-
-    def _warn_of_unset_stages(self) -> None:
-        unset = self._unset_layers(frozen=False)
+    def _before_first_forward(self) -> None:
+        super()._before_first_forward()
+        unset = self.unset_layers(frozen=False)
         if unset and self.training:
             print_log('CE layers run on initial statistics (W = I, s = 1), as their stage is '
                       f'frozen and they were never loaded: {", ".join(unset)}',
@@ -225,16 +193,6 @@ class CEResNet(ResNet):
 def _norm_then_ce(norm: nn.Module, ce: Optional[nn.Module]) -> nn.Module:
     """What ResNet's forward and freezing see as the norm; it is registered nowhere."""
     return norm if ce is None else nn.Sequential(norm, ce)
-
-
-def _report_ce_keys(module: nn.Module, incompatible) -> None:
-    """After loading: one warning for the CE entries that the checkpoint lacks or has too many."""
-    for keys, problem in ((incompatible.missing_keys, 'missing from'),
-                          (incompatible.unexpected_keys, 'unexpected in')):
-        keys = [key for key in keys if CE_KEY.search(key)]
-        if keys:
-            print_log(f'{len(keys)} CE entries {problem} the checkpoint: {", ".join(keys)}',
-                      logger='current', level=logging.WARNING)
 
 
 def _stage(name: str) -> str:

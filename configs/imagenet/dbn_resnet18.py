@@ -1,0 +1,4 @@
+# Table 3, ResNet18 with DBN in place of every batch norm.
+_base_ = './resnet18.py'
+
+model = dict(backbone=dict(norm_cfg=dict(type='DBN')))
