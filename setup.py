@@ -20,6 +20,8 @@ setup(
     extras_require={
         # what tools/ need beyond MMDetection's own dependencies
         'tools': ['matplotlib', 'pycocotools', 'rich'],
+        # classifiers; its own dependencies leave torch and mmcv alone as well
+        'pretrain': ['onedl-mmpretrain>=1.3.6'],
         'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'pre-commit>=3.5',
                 'psutil', 'pytest>=8', 'ruff==0.17.6'],
     },

@@ -13,6 +13,14 @@ WEIGHTS_FIX = (
     '--cfg-options model.backbone.init_cfg.checkpoint=FILE.')
 
 
+# Data sets without an annotation file: the variable that the configs read, and the folder
+# below it, which is that of the split where none is given.
+CLASSIFICATION = {
+    'ImageNet': ('IMAGENET_ROOT', None),
+    'CIFAR10': ('CIFAR10_ROOT', 'cifar-10-batches-py'),
+    'CorruptedCIFAR10': ('CIFAR10_ROOT', 'cifar-10-batches-py'),
+}
+
 # What MMEngine reads from a checkpoint to go on with a run.
 RESUMABLE = ('meta', 'state_dict', 'optimizer', 'message_hub')
 
@@ -85,6 +93,11 @@ def _load(path) -> Optional[dict]:
 
 def _missing_data(dataset: ConfigDict) -> List[str]:
     root = Path(dataset.get('data_root') or '')
+    if dataset.get('type') in CLASSIFICATION:
+        variable, folder = CLASSIFICATION[dataset.type]
+        folder = folder or dataset.split
+        return _missing('images', root / folder,
+                        f'Set {variable} to the folder that holds {folder}/ (now {root}).')
     fix = (f'Set COCO_ROOT to the folder that holds annotations/ and images (now {root}), and '
            'COCO_YEAR=2014 if they are the files of 2014.')
     problems = []

@@ -28,6 +28,7 @@ TORCH = ('torch==2.13.0', 'numpy>=2.2,<2.3')
 MMENGINE = 'onedl-mmengine==0.10.12'
 MMCV = 'onedl-mmcv==2.3.6'
 MMDET = 'onedl-mmdetection==3.5.1'
+MMPRETRAIN = 'onedl-mmpretrain==1.3.6'
 # opencv-python (asked for by mmcv) and its headless twin share one folder.
 # Installed last, the headless one needs no libGL, so a bare server works too.
 OPENCV = 'opencv-python-headless==4.12.0.88'
@@ -282,8 +283,8 @@ def set_up(venv):
         steps.pip('mmengine', MMENGINE, OPENCV, 'pillow', TORCH[1], python=python)
     install_mmcv(steps, python)
     # One resolution over all pins, so that no dependency moves another's.
-    steps.pip('mmdet', '--no-build-isolation', *TORCH, MMENGINE, MMCV, MMDET, OPENCV,
-              python=python)
+    steps.pip('mmdet and mmpretrain', '--no-build-isolation', *TORCH, MMENGINE, MMCV, MMDET,
+              MMPRETRAIN, OPENCV, python=python)
     steps.pip('headless opencv', '--force-reinstall', '--no-deps', OPENCV, python=python)
     steps.pip('cenet-mmdet', '--no-build-isolation', '--editable', f'{ROOT}[dev]',
               python=python)

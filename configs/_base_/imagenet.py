@@ -38,6 +38,8 @@ param_scheduler = [
     dict(type='MultiStepLR', milestones=[30, 60, 90], gamma=0.1),
 ]
 
+auto_scale_lr = dict(enable=False)  # until --auto-scale-lr asks for it
+
 model = dict(
     type='ImageClassifier',
     neck=dict(type='GlobalAveragePooling'),

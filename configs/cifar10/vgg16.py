@@ -24,6 +24,8 @@ train_dataloader = dict(
 val_dataloader = dict(batch_size=128, dataset=dataset)
 test_dataloader = dict(batch_size=128, dataset=dataset)
 
+auto_scale_lr = dict(enable=False)  # until --auto-scale-lr asks for it
+
 model = dict(
     type='ImageClassifier',
     backbone=dict(type='VGG', depth=16, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU')),
