@@ -2,7 +2,7 @@
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -46,8 +46,9 @@ def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
     elif cfg.get('load_from'):
         problems += _unreadable('checkpoint', cfg.load_from, 'Give the path of another one.')
     if 'train' in splits:
-        for checkpoint in _pretrained(cfg.model):
-            problems += _unreadable('pretrained weights', checkpoint, WEIGHTS_FIX)
+        for network, init_cfg in _pretrained(cfg.model):
+            problems += (_unreadable('pretrained weights', init_cfg['checkpoint'], WEIGHTS_FIX)
+                         or _whole_model(network, init_cfg))
     return list(dict.fromkeys(problems))
 
 
@@ -123,13 +124,26 @@ def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
         yield dataset
 
 
-def _pretrained(node) -> Iterator[str]:
-    """Checkpoints of every `init_cfg` of type Pretrained in a model config."""
+def _pretrained(node, network: str = '') -> Iterator[Tuple[str, dict]]:
+    """Every `init_cfg` of type Pretrained in a model config, and the type of what it belongs to."""
     if isinstance(node, dict):
         if node.get('type') == 'Pretrained' and node.get('checkpoint'):
-            yield node['checkpoint']
-        children = node.values()
+            yield network, node
+        children, network = node.values(), node.get('type', network)
     else:
         children = node if isinstance(node, (list, tuple)) else ()
     for child in children:
-        yield from _pretrained(child)
+        yield from _pretrained(child, network)
+
+
+def _whole_model(network: str, init_cfg: dict) -> List[str]:
+    """MMEngine would load nothing and only warn where a prefix is needed and not given."""
+    path = init_cfg['checkpoint']
+    if '://' in str(path) or init_cfg.get('prefix') or network.startswith('CE'):
+        return []  # CE backbones find themselves in whole models
+    checkpoint = _load(path)
+    entries = checkpoint.get('state_dict', checkpoint)
+    if not any(key.startswith('backbone.') for key in entries):
+        return []
+    return [f'{path} holds a whole model, in which {network} would find none of its weights. Add '
+            '--cfg-options model.backbone.init_cfg.prefix=backbone.']

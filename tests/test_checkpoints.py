@@ -92,6 +92,15 @@ def pretrained(depth, path, **options):
     return backbone
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """With inputs this small, two threads wait for each other; on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def log(caplog):
     """Messages of MMEngine's logger, which does not propagate to pytest's."""

@@ -14,8 +14,7 @@ from cenet_mmdet import CEResNet
 
 CONFIG = ROOT / 'configs' / 'mask_rcnn_ce_r50.py'
 DEMO_CONFIG = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
-PYTHON_TOOLS = ['train.py', 'test.py', 'browse_dataset.py', 'get_flops.py', 'demo.py',
-                'make_demo_data.py', 'setup_env.py']
+PYTHON_TOOLS = sorted(path.name for path in (ROOT / 'tools').glob('[a-z]*.py'))
 SHELL_TOOLS = ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh']
 
 
@@ -115,6 +114,15 @@ class TestMissingFiles:
         assert 'pretrained weights not found: /nowhere/ce.pth' in message
         assert 'CE_RESNET50_CHECKPOINT' in message
 
+    def test_a_classifier_needs_a_prefix(self, tmp_path_factory, tmp_path, shapes):
+        """MMDetection's ResNet would load nothing from it."""
+        path = tmp_path_factory.mktemp('weights') / 'classifier.pth'
+        torch.save(dict(state_dict={'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}), path)
+        message = self.refusal(tmp_path, 'train.py', CONFIG.with_name('mask_rcnn_r50.py'),
+                               COCO_ROOT=str(shapes), RESNET50_CHECKPOINT=str(path))
+        assert f'{path} holds a whole model, in which ResNet would find none' in message
+        assert 'model.backbone.init_cfg.prefix=backbone.' in message
+
     def test_no_checkpoint_to_test(self, tmp_path, shapes):
         message = self.refusal(tmp_path, 'test.py', CONFIG, '/nowhere/epoch_24.pth',
                                COCO_ROOT=str(shapes))
@@ -183,11 +191,23 @@ def test_browse_dataset_draws_the_training_images(shapes, tmp_path):
     assert len(list((tmp_path / 'pictures').iterdir())) == len(annotated)
 
 
-def test_get_flops_needs_no_weights(shapes, tmp_path):
-    out = tool('get_flops.py', DEMO_CONFIG, '--num-images', 1, cwd=tmp_path,
-               env=dict(COCO_ROOT=str(shapes))).stdout
-    assert re.search(r'Params: \d+\.\d+M', out)
-    assert re.search(r'Flops: \d+\.\d+G', out)
+def test_get_flops_needs_nothing_but_configs(tmp_path):
+    """Neither data nor weights; CE's operators count as computed, not as merged."""
+    out = tool('get_flops.py', DEMO_CONFIG, ROOT / 'configs/imagenet/ce_resnet18.py', '--size', 64,
+               64, cwd=tmp_path).stdout
+    detector, classifier = re.findall(r'│ +([\d.]+) +│ +([\d.]+) +│ +([\d.]+) +│', out)
+    assert classifier[0] == '12.04'
+    for _, computed, merged in (detector, classifier):
+        assert 0 < float(merged) < float(computed)
+
+
+def test_benchmark_compares_detectors(tmp_path):
+    out = tool('benchmark.py', DEMO_CONFIG, DEMO_CONFIG, '--size', 64, 96, '--images', 1,
+               '--repeats', 1, cwd=tmp_path).stdout
+    rows = re.findall(r'shapes +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │', out)
+    assert len(rows) == 2
+    assert rows[0] == ('1.00', ) * 4
+    assert rows[1][3] == '1.00'  # the same model keeps the same
 
 
 class TestRealImages:
