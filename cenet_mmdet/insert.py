@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .layers import CE, SyncCE
+from .layers.batch_norm import norm_then_ce
 
 # A regular expression that the whole dotted name matches, or a function of name and layer.
 Selector = Union[str, Callable[[str, nn.Module], bool]]
@@ -33,7 +34,7 @@ class NormCE(nn.Module):
         self.before = before
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.ce(x)) if self.before else self.ce(self.norm(x))
+        return self.norm(self.ce(x)) if self.before else norm_then_ce(self.norm, self.ce, x)
 
     def extra_repr(self) -> str:
         return 'ce first' if self.before else ''

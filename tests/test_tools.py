@@ -197,17 +197,35 @@ def test_get_flops_needs_nothing_but_configs(tmp_path):
                64, cwd=tmp_path).stdout
     detector, classifier = re.findall(r'│ +([\d.]+) +│ +([\d.]+) +│ +([\d.]+) +│', out)
     assert classifier[0] == '12.04'
-    for _, computed, merged in (detector, classifier):
-        assert 0 < float(merged) < float(computed)
+    assert 0 < float(classifier[2]) < float(classifier[1])
+    assert 0 < float(detector[2]) <= float(detector[1])
 
 
-def test_benchmark_compares_detectors(tmp_path):
-    out = tool('benchmark.py', DEMO_CONFIG, DEMO_CONFIG, '--size', 64, 96, '--images', 1,
-               '--repeats', 1, cwd=tmp_path).stdout
-    rows = re.findall(r'shapes +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │', out)
-    assert len(rows) == 2
-    assert rows[0] == ('1.00', ) * 4
-    assert rows[1][3] == '1.00'  # the same model keeps the same
+class TestBenchmark:
+
+    def test_models(self, tmp_path):
+        copy = tmp_path / 'copy.py'  # another name for the same model
+        copy.write_text(f'_base_ = "{DEMO_CONFIG}"')
+        tool('benchmark.py', 'models', DEMO_CONFIG, copy, '--size', 64, 96, '--images', 1,
+             '--repeats', 1, '--json', 'out.json', cwd=tmp_path)
+        result = json.loads((tmp_path / 'out.json').read_text())
+        first, second = (result['time'][name] for name in (DEMO_CONFIG.stem, 'copy'))
+        assert first == [1.0]
+        assert second[0] > 0
+        assert len(set(result['kept_bytes'].values())) == 1
+
+    def test_plain_reference_is_ce(self):
+        """What the benchmark calls plain computes the same."""
+        sys.path.insert(0, str(ROOT / 'tools'))
+        from benchmark import plain_ce
+
+        from cenet_mmdet import CE
+        torch.manual_seed(0)
+        ce = CE(32)
+        x = torch.randn(3, 32, 8, 8) + 1
+        for training in (True, False):
+            ce.train(training)
+            torch.testing.assert_close(plain_ce(ce, x), ce(x), rtol=1e-4, atol=1e-5)
 
 
 class TestRealImages:

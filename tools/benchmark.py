@@ -1,41 +1,185 @@
 #!/usr/bin/env python3
-"""Compare whole detectors: time of a training step, and tensors kept for the backward pass.
+"""What CE costs: layers against batch norm, whole models against each other.
 
-    python tools/benchmark.py configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
+    python tools/benchmark.py layers --json layers.json --plot layers.png
+    python tools/benchmark.py models configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
 
-Each config's model is built with random weights and trained on generated images; the
-steps of all models are interleaved, and the table gives ratios to the first.
+Everything is a ratio within one run: the candidates take turns, each turn gives a ratio
+to the first candidate, and the table has the median of these and their range. `layers`
+uses the shapes of ResNet-50's three CE stages at 224 x 224 and at 800 x 1344.
 """
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
 
-SGD = dict(lr=0., momentum=0.9)
+SIZES = {'detector': (800, 1344), 'classifier': (224, 224)}
+# C, H, W of layer1 to layer3
+SHAPES = [(256, 56, 56), (512, 28, 28), (1024, 14, 14),
+          (256, 200, 336), (512, 100, 168), (1024, 50, 84)]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', help='the first is what the others are compared to')
-    parser.add_argument('--size', type=int, nargs=2, default=(800, 1344),
-                        metavar=('HEIGHT', 'WIDTH'), help='of the images (800 1344)')
-    parser.add_argument('--images', type=int, default=2, help='in a step (%(default)s)')
-    parser.add_argument('--repeats', type=int, default=3,
-                        help='timed steps of each model, after one that is not (%(default)s)')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
+    kinds = parser.add_subparsers(dest='kind', required=True)
+    layers = kinds.add_parser('layers', help='CE, BN + CE, SE, IterNorm, against batch norm')
+    layers.add_argument('--plot', type=Path, metavar='PNG', help='draw the ratios')
+    models = kinds.add_parser('models', help='training steps of detectors or classifiers')
+    models.add_argument('configs', nargs='+', help='the first is what the others are compared to')
+    models.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
+                        help='of the images (800 1344 for detectors, 224 224 for classifiers)')
+    for kind in (layers, models):
+        kind.add_argument('--images', type=int, default=2, help='in a step (%(default)s)')
+        kind.add_argument('--repeats', type=int, default=5,
+                          help='timed turns, after one that is not (%(default)s)')
+        kind.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
+        kind.add_argument('--json', type=Path, help='write the ratios of all turns')
     return parser.parse_args()
 
 
-def training_step(model, optimizer, data):
-    """Seconds of one step."""
+def take_turns(candidates, repeats):
+    """Seconds of each candidate, a function without arguments, in each turn but the first."""
     import torch
 
-    start = time.perf_counter()
-    model.train_step(data, optimizer)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds = {name: [] for name in candidates}
+    for _ in range(repeats + 1):
+        for name, function in candidates.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def ratios(seconds):
+    """Sorted ratios to the first candidate, turn by turn."""
+    first = next(iter(seconds.values()))
+    return {name: sorted(a / b for a, b in zip(times, first)) for name, times in seconds.items()}
+
+
+def plain_ce(ce, x):
+    """CE as its equations read, one after the other, each over the whole feature map."""
+    import torch
+
+    n, c, height, width = x.shape
+    groups, d = ce.num_groups, ce.group_size
+    grouped = x.transpose(0, 1).reshape(groups, d, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    identity = torch.eye(d, device=x.device).expand(groups, d, d)
+    sigma = centred @ centred.mT / grouped.shape[-1] + ce.eps * identity
+    sigma = sigma / sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    p = identity
+    for _ in range(ce.num_iters):
+        p = 1.5 * p - 0.5 * p @ p @ p @ sigma
+    if not ce.training:
+        p = ce.running_whitening
+    decorrelated = (p @ grouped).view(c, n, height, width).transpose(0, 1)
+    variance = x.flatten(2).var(-1)
+    scale = variance.mean().sqrt() if ce.training else ce.running_scale
+    weights = ce.reweighting(variance) / scale
+    ratio = ce.ratio()
+    return ratio * decorrelated + (1 - ratio) * weights[..., None, None] * x
+
+
+def layer_candidates(shape, images, device, training):
+    """Forward (and backward, in training) of each layer on one feature map."""
+    import torch
+    from torch import nn
+
+    from cenet_mmdet import CE, IterNorm
+    from cenet_mmdet.layers.batch_norm import norm_then_ce
+
+    channels = shape[0]
+    norm, ce, whitening = (layer.to(device).train(training) for layer in (
+        nn.BatchNorm2d(channels), CE(channels), IterNorm(channels, group_size=16)))
+    x = torch.randn(images, *shape, device=device, requires_grad=training)
+    grad = torch.randn_like(x)
+
+    def run(function):
+        def step():
+            with torch.set_grad_enabled(training):
+                out = function(x)
+            if training:
+                out.backward(grad)
+                x.grad = None
+        return step
+
+    functions = {'BN': norm, 'CE': ce, 'CE, plain': lambda x: plain_ce(ce, x),
+                 'BN + CE': lambda x: norm_then_ce(norm, ce, x),
+                 'BN, then CE': lambda x: ce(norm(x)), 'IterNorm': whitening}
+    return {name: run(function) for name, function in functions.items()}
+
+
+def measure_layers(arguments):
+    """Ratios by mode, shape and layer."""
+    from rich.progress import track
+
+    results = {}
+    for training in (True, False):
+        mode = 'training, forward + backward' if training else 'evaluation, forward'
+        results[mode] = {'x'.join(map(str, shape)): ratios(take_turns(
+            layer_candidates(shape, arguments.images, arguments.device, training),
+            arguments.repeats)) for shape in track(SHAPES, mode)}
+    return results
+
+
+def show_layers(results, plot):
+    from rich.console import Console
+    from rich.table import Table
+
+    for mode, shapes in results.items():
+        table = Table(title=f'{mode}, in units of batch norm')
+        table.add_column('layer')
+        for shape in (*shapes, 'mean'):
+            table.add_column(shape, justify='right')
+        for name in next(iter(shapes.values())):
+            medians = [statistics.median(by_layer[name]) for by_layer in shapes.values()]
+            cells = [f'{m:.2f} ({by_layer[name][0]:.2f} to {by_layer[name][-1]:.2f})'
+                     for m, by_layer in zip(medians, shapes.values())]
+            table.add_row(name, *cells, f'{statistics.mean(medians):.2f}')
+        Console(soft_wrap=True).print(table)
+    if plot:
+        draw_layers(results, plot)
+
+
+def draw_layers(results, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(11, 4), layout='constrained')
+    for axis, (mode, shapes) in zip(axes, results.items()):
+        for name in next(iter(shapes.values())):
+            values = [by_layer[name] for by_layer in shapes.values()]
+            middle = [statistics.median(v) for v in values]
+            spread = [[m - v[0] for m, v in zip(middle, values)],
+                      [v[-1] - m for m, v in zip(middle, values)]]
+            axis.errorbar(range(len(shapes)), middle, spread, marker='o', capsize=3, label=name)
+        axis.set(title=mode, yscale='log', ylabel='time / batch norm')
+        axis.set_xticks(range(len(shapes)), shapes, rotation=20)
+        axis.set_yticks([1, 2, 3, 5, 10, 20, 40], [1, 2, 3, 5, 10, 20, 40])
+        axis.minorticks_off()
+        axis.grid(alpha=.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def model_data(model, images, size, device):
+    """Generated images with what their model learns from them."""
+    import torch
+
+    if hasattr(model, 'head'):  # a classifier
+        from mmpretrain.structures import DataSample
+        height, width = size or SIZES['classifier']
+        return dict(inputs=[torch.zeros(3, height, width) for _ in range(images)],
+                    data_samples=[DataSample().set_gt_label(0) for _ in range(images)])
+    from mmdet.testing import demo_mm_inputs
+    return demo_mm_inputs(images, image_shapes=[(3, *(size or SIZES['detector']))] * images,
+                          num_items=[8] * images, num_classes=2, with_mask=True, device=device)
 
 
 def kept_for_backward(model, data):
@@ -50,54 +194,57 @@ def kept_for_backward(model, data):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        inputs = model.data_preprocessor(data, True)
-        model(**inputs, mode='loss')
+        model(**model.data_preprocessor(data, True), mode='loss')
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(size for size, _ in kept.values())
 
 
-def measure(arguments):
-    """For each config: seconds of its steps, bytes kept."""
+def measure_models(arguments):
+    """Ratios of a training step, and bytes kept for the backward pass, by config."""
     import torch
     from _mmdet import build_model
-    from mmdet.testing import demo_mm_inputs
     from mmengine.optim import OptimWrapper
-    from rich.progress import track
 
     torch.manual_seed(0)
-    data = demo_mm_inputs(arguments.images, image_shapes=[(3, *arguments.size)] * arguments.images,
-                          num_items=[8] * arguments.images, with_mask=True,
-                          device=arguments.device)
-    models = [build_model(path).to(arguments.device).train() for path in arguments.configs]
-    optimizers = [OptimWrapper(torch.optim.SGD(model.parameters(), **SGD)) for model in models]
-    kept = [kept_for_backward(model, data) for model in models]
-    seconds = [[] for _ in models]
-    for _ in track(range(arguments.repeats + 1), 'steps of all models'):
-        for model, optimizer, times in zip(models, optimizers, seconds):
-            times.append(training_step(model, optimizer, data))
-    return [(times[1:], size) for times, size in zip(seconds, kept)]
+    steps, kept = {}, {}
+    for path in arguments.configs:
+        model = build_model(path).to(arguments.device).train()
+        data = model_data(model, arguments.images, arguments.size, arguments.device)
+        optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0., momentum=0.9))
+        name = Path(path).stem
+        kept[name] = kept_for_backward(model, data)
+        steps[name] = lambda model=model, data=data, optimizer=optimizer: model.train_step(
+            data, optimizer)
+    return dict(time=ratios(take_turns(steps, arguments.repeats)), kept_bytes=kept)
 
 
-def print_table(configs, results):
+def show_models(results):
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title='training step, in units of the first row')
     for column in ('config', 'time', 'from', 'to', 'kept for backward', 'GB'):
         table.add_column(column, justify='left' if column == 'config' else 'right')
-    first_times, first_size = results[0]
-    for path, (times, size) in zip(configs, results):
-        ratios = sorted(time / first for time, first in zip(times, first_times))
-        table.add_row(Path(path).stem, *(f'{ratio:.2f}' for ratio in
-                                         (statistics.median(ratios), ratios[0], ratios[-1])),
-                      f'{size / first_size:.2f}', f'{size / 1e9:.2f}')
+    first = next(iter(results['kept_bytes'].values()))
+    for name, values in results['time'].items():
+        size = results['kept_bytes'][name]
+        table.add_row(name, *(f'{value:.2f}' for value in (statistics.median(values), values[0],
+                                                           values[-1], size / first)),
+                      f'{size / 1e9:.2f}')
     Console(soft_wrap=True).print(table)
 
 
 def main():
     arguments = parse_args()
-    print_table(arguments.configs, measure(arguments))
+    if arguments.kind == 'layers':
+        results = measure_layers(arguments)
+        show_layers(results, arguments.plot)
+    else:
+        results = measure_models(arguments)
+        show_models(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ..insert import build_layer
+from ..layers.batch_norm import norm_then_ce
 from .ce_network import CENetwork
 
 # The released ResNet-50 whitens all 64 channels of the stem in one group.
@@ -190,9 +191,16 @@ class CEResNet(CENetwork, ResNet):
         return (0 if stage == 'stem' else int(stage[len('layer'):])) <= self.frozen_stages
 
 
-def _norm_then_ce(norm: nn.Module, ce: Optional[nn.Module]) -> nn.Module:
+class _NormThenCE(nn.Sequential):
     """What ResNet's forward and freezing see as the norm; it is registered nowhere."""
-    return norm if ce is None else nn.Sequential(norm, ce)
+
+    def forward(self, z):
+        norm, ce = self
+        return norm_then_ce(norm, ce, z)
+
+
+def _norm_then_ce(norm: nn.Module, ce: Optional[nn.Module]) -> nn.Module:
+    return norm if ce is None else _NormThenCE(norm, ce)
 
 
 def _stage(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply import apply_operator, apply_weights
+from .batch_norm import Affine, affine_of
 from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype
 from .operator import mix
 from .released import rename_released_keys
@@ -156,6 +157,14 @@ class CE(nn.Module):
             nn.init.zeros_(self.lambda_logit)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    def forward_behind(self, norm: nn.Module, z: Tensor) -> Tensor:
+        """What `self(norm(z))` is, where `batch_norm.can_fuse` says that it can be had in one."""
+        return self._forward(z, norm)
+
+    def _forward(self, x: Tensor, norm: Optional[nn.Module] = None) -> Tensor:
+        """Of x, or of norm(x): see `batch_norm.py` for the latter."""
         if x.dim() < 2 or x.shape[1] != self.in_channels:
             raise ValueError(f'CE expects (N, {self.in_channels}), (N, {self.in_channels}, L) or '
                              f'(N, {self.in_channels}, H, W), got {tuple(x.shape)}')
@@ -166,18 +175,22 @@ class CE(nn.Module):
             # The pixels are counted because -1 is ambiguous for an empty batch.
             grouped = x.reshape(len(x), self.num_groups, self.group_size, x.shape[2:].numel())
             if self._takes_statistics_from(grouped):
-                whitening, variance, scale = self._batch_statistics(grouped)
+                statistics, affine = self._batch_statistics(grouped, norm)
             else:
-                whitening, variance, scale = self._running_statistics(grouped)
-            return self._equilibrate(x, whitening, variance, scale)
+                statistics, affine = self._running_statistics(grouped, norm)
+            return self._equilibrate(x, *statistics, affine)
 
     def _takes_statistics_from(self, x: Tensor) -> bool:
         """Whether to use the statistics of this batch; an empty one has none."""
         return self.uses_batch_statistics and x.numel() > 0
 
-    def _batch_statistics(self, x: Tensor) -> Statistics:
-        """W, v_n and s of this batch, of which W and s are tracked."""
+    def _batch_statistics(self, x: Tensor, norm) -> Tuple[Statistics, Optional[Affine]]:
+        """W, v_n and s of this batch, of which W and s are tracked; the norm, if there is one."""
         per_sample = moments(x) if self.has_bd else None
+        affine = None
+        if norm is not None:
+            affine = affine_of(norm, x.shape[1:3], per_sample.mean.dtype, per_sample)
+            per_sample = affine.moments(per_sample)
         variance = None
         if self.has_ir:
             variance = per_sample.variance() if self.has_bd else instance_variance(x)
@@ -188,7 +201,7 @@ class CE(nn.Module):
         if self.has_ir:
             scale = self._scale(batch)
         self._track(batch, whitening, scale)
-        return whitening, variance, scale
+        return (whitening, variance, scale), affine
 
     def _over_ranks(self, batch: BatchMoments) -> BatchMoments:
         """Step 2; here the batch is this process's own."""
@@ -200,12 +213,18 @@ class CE(nn.Module):
             return self._read(self.running_scale, batch.variance)
         return instance_scale(batch.variance, self.eps)
 
-    def _running_statistics(self, x: Tensor) -> Statistics:
-        """The tracked W and s, and v_n, which is the sample's own."""
+    def _running_statistics(self, x: Tensor, norm) -> Tuple[Statistics, Optional[Affine]]:
+        """The tracked W and s, and v_n, which is the sample's own; the norm, if there is one."""
+        affine = None
+        if norm is not None:
+            affine = affine_of(norm, x.shape[1:3], statistics_dtype(x.dtype))
         whitening = self._read(self.running_whitening, x) if self.has_bd else None
         if not self.has_ir:
-            return whitening, None, None
-        return whitening, instance_variance(x), self._read(self.running_scale, x)
+            return (whitening, None, None), affine
+        variance = instance_variance(x)
+        if affine is not None:
+            variance = affine.variance(variance)
+        return (whitening, variance, self._read(self.running_scale, x)), affine
 
     @staticmethod
     def _read(buffer: Tensor, x: Tensor) -> Tensor:
@@ -229,15 +248,15 @@ class CE(nn.Module):
             buffer.lerp_(value, self.momentum)
         self.num_batches_tracked.add_(batch.pixels > 0)
 
-    def _equilibrate(self, x: Tensor, whitening, variance, scale) -> Tensor:
-        """p_n of the class docstring, for the feature map x (N, C, ...)."""
+    def _equilibrate(self, x: Tensor, whitening, variance, scale, affine) -> Tensor:
+        """p_n of the class docstring, for the feature map x (N, C, ...) or what affine makes it."""
         if not self.has_ir:
-            return apply_operator(whitening, x)
+            return apply_operator(whitening, x, affine)
         gates = self.reweighting(variance.reshape(len(x), self.in_channels))
         weights = gates.reshape(variance.shape) / scale  # w_n = F(v_n) / s, eq. 8
         if not self.has_bd:
             return apply_weights(weights, x)
-        return apply_operator(mix(self.ratio(weights.dtype), whitening, weights), x)
+        return apply_operator(mix(self.ratio(weights.dtype), whitening, weights), x, affine)
 
     def ratio(self, dtype: torch.dtype = torch.float32) -> Union[Tensor, float]:
         """lambda, the weight of BD against IR, in [0, 1]; a scalar tensor where it is learned."""

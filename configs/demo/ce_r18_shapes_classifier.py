@@ -39,7 +39,9 @@ model = dict(
     head=dict(num_classes=5, in_channels=192, topk=(1, )))
 
 train_cfg = dict(max_epochs=max_epochs)
-optim_wrapper = dict(optimizer=dict(lr=0.025))  # 0.1 for 256 images
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=10))  # as the detector
 auto_scale_lr = dict(base_batch_size=64)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, begin=0, end=1, convert_to_iter_based=True),
