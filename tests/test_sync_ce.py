@@ -1,5 +1,6 @@
 """SyncCE on real processes: every rank computes what one process would on the whole batch."""
 import contextlib
+import copy
 import datetime
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cenet_mmdet import CE, CEResNet, SyncCE
 from cenet_mmdet.layers.all_reduce import all_reduce
+from cenet_mmdet.layers.batch_norm import norm_then_ce
 from cenet_mmdet.layers.moments import moments, pool
 from cenet_mmdet.layers.whitening import covariance
 
@@ -167,7 +169,24 @@ def train_rank_all(rank, split):
     results = {name: train_rank(rank, split, torch.float64, options)
                for name, options in OPTIONS.items()}
     return {**results, 'float32': train_rank(rank, split, torch.float32, {}),
-            'bfloat16': half_precision(rank, split)}
+            'bfloat16': half_precision(rank, split), 'behind': behind_batch_norm(rank, split)}
+
+
+def behind_batch_norm(rank, split):
+    """BN of this rank and SyncCE in one pass, against one after the other: the largest error."""
+    norm, ce = nn.BatchNorm2d(CHANNELS, dtype=torch.float64), layer(SyncCE, torch.float64, {})
+    apart = copy.deepcopy(norm), copy.deepcopy(ce)
+    errors = []
+    for step in range(STEPS):
+        x, grad = batches(split, step, torch.float64)[rank]
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        ys = norm_then_ce(norm, ce, xs[0]), apart[1](apart[0](xs[1]))
+        for y in ys:
+            y.backward(grad)
+        errors += [(ys[0] - ys[1]), (xs[0].grad - xs[1].grad)]
+        errors += [a - b for a, b in zip(ce.buffers(), apart[1].buffers())]
+        errors += [a.grad - b.grad for a, b in zip(norm.parameters(), apart[0].parameters())]
+    return max(float(e.abs().max()) for e in errors if e.numel())
 
 
 def half_precision(rank, split):
@@ -192,6 +211,7 @@ def test_ranks_together_are_one_process(split, tmp_path):
     for r in ranks:
         assert r['bfloat16']['kept']
         assert r['bfloat16']['error'] < 1e-5
+        assert r['behind'] < 1e-10
 
 
 def compare(ranks, ce, outputs, gradients, atol):
