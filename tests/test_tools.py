@@ -233,8 +233,8 @@ class TestRealImages:
     def test_shipped_config_trains_and_evaluates(self, real_coco, pretrained, tmp_path):
         """Crowds, empty and grey images included, through to the COCO summary."""
         env = dict(COCO_ROOT=str(real_coco), CE_RESNET50_CHECKPOINT=str(pretrained))
-        small = [*SMALL, *FEW_ROIS, 'val_dataloader.dataset.indices=16',
-                 'test_dataloader.dataset.indices=16']
+        small = [*SMALL, *FEW_ROIS, 'val_dataloader.dataset.indices=8',
+                 'test_dataloader.dataset.indices=8']
         out = tool('train.py', CONFIG, '--cfg-options', *small, 'train_cfg.max_epochs=1',
                    'train_dataloader.dataset.indices=8', 'default_hooks.logger.interval=1',
                    cwd=tmp_path, env=env).stdout
@@ -258,8 +258,7 @@ class TestRealImages:
         """Learning norms and CE: the loss falls by half within 60 iterations."""
         out = tool(
             'train.py', CONFIG, '--auto-scale-lr', '--cfg-options', *SMALL,
-            'model.train_cfg.rcnn.sampler.num=32', 'model.train_cfg.rpn_proposal.max_per_img=100',
-            'model.backbone.init_cfg=None',
+            *FEW_ROIS, 'model.backbone.init_cfg=None',
             'model.backbone.depth=18', 'model.neck.in_channels=[64,128,256,512]',
             'model.backbone.ce_cfg.freeze=none', 'model.backbone.norm_cfg.requires_grad=True',
             'model.backbone.norm_eval=False', 'model.backbone.frozen_stages=-1',
