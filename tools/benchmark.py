@@ -5,8 +5,9 @@
     python tools/benchmark.py models configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
 
 Everything is a ratio within one run: the candidates take turns, each turn gives a ratio
-to the first candidate, and the table has the median of these and their range. `layers`
-uses the shapes of ResNet-50's three CE stages at 224 x 224 and at 800 x 1344.
+to the first candidate, and the table has the median of these; their range is in the
+picture, or beside it, and all of them in the JSON file. `layers` uses the shapes of
+ResNet-50's three CE stages at 224 x 224 and at 800 x 1344.
 """
 import argparse
 import json
@@ -24,7 +25,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest='kind', required=True)
-    layers = kinds.add_parser('layers', help='CE, BN + CE, SE, IterNorm, against batch norm')
+    layers = kinds.add_parser('layers', help='CE, BN + CE, IterNorm, against batch norm')
     layers.add_argument('--plot', type=Path, metavar='PNG', help='draw the ratios')
     models = kinds.add_parser('models', help='training steps of detectors or classifiers')
     models.add_argument('configs', nargs='+', help='the first is what the others are compared to')
@@ -137,9 +138,7 @@ def show_layers(results, plot):
             table.add_column(shape, justify='right')
         for name in next(iter(shapes.values())):
             medians = [statistics.median(by_layer[name]) for by_layer in shapes.values()]
-            cells = [f'{m:.2f} ({by_layer[name][0]:.2f} to {by_layer[name][-1]:.2f})'
-                     for m, by_layer in zip(medians, shapes.values())]
-            table.add_row(name, *cells, f'{statistics.mean(medians):.2f}')
+            table.add_row(name, *(f'{m:.2f}' for m in (*medians, statistics.mean(medians))))
         Console(soft_wrap=True).print(table)
     if plot:
         draw_layers(results, plot)
@@ -163,7 +162,7 @@ def draw_layers(results, path):
         axis.set_yticks([1, 2, 3, 5, 10, 20, 40], [1, 2, 3, 5, 10, 20, 40])
         axis.minorticks_off()
         axis.grid(alpha=.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
