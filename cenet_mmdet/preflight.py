@@ -1,8 +1,7 @@
 """Finds missing and damaged files before a run starts, and says how to supply them."""
-import pickle
 import zipfile
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -46,9 +45,10 @@ def missing_files(cfg: Config, splits=('train', 'val', 'test')) -> List[str]:
     elif cfg.get('load_from'):
         problems += _unreadable('checkpoint', cfg.load_from, 'Give the path of another one.')
     if 'train' in splits:
-        for network, init_cfg in _pretrained(cfg.model):
-            problems += (_unreadable('pretrained weights', init_cfg['checkpoint'], WEIGHTS_FIX)
-                         or _whole_model(network, init_cfg))
+        for checkpoint in _pretrained(cfg.model):
+            problems += _unreadable('pretrained weights', checkpoint, WEIGHTS_FIX)
+        if not problems:
+            problems += _whole_model(cfg.model.get('backbone') or {})
     return list(dict.fromkeys(problems))
 
 
@@ -60,11 +60,12 @@ def _not_resumable(cfg: Config) -> List[str]:
         if not pointer.is_file():
             return []  # nothing to resume: MMEngine says so and starts
         path = pointer.read_text().strip() or pointer
-    others = sorted(Path(path).parent.glob('*.pth'), key=lambda file: file.stat().st_mtime)
-    others = [str(file) for file in reversed(others) if file != Path(path)]
-    fix = 'Resume from an intact one' + (f': --resume {others[0]}' if others else '.')
-    problems = _unreadable('checkpoint', path, fix)
-    if not problems and '://' not in str(path):
+    problems = _unreadable('checkpoint', path, 'Resume from an intact one')
+    if problems:
+        others = sorted(Path(path).parent.glob('*.pth'), key=lambda file: -file.stat().st_mtime)
+        intact = next((file for file in others if not _unreadable('', file, '')), None)
+        return [problem + (f': --resume {intact}' if intact else '.') for problem in problems]
+    if '://' not in str(path):
         lacking = [key for key in RESUMABLE if key not in _load(path)]
         if lacking:
             problems = [f'not a checkpoint that a run can be resumed from: {path} has no '
@@ -77,19 +78,20 @@ def _unreadable(what: str, path, fix: str) -> List[str]:
     problems = _missing(what, path, fix)
     if problems or '://' in str(path):
         return problems
-    if _load(path) is None:
-        return [f'{what} damaged: {path} is truncated or was not written by torch.save. {fix}']
+    try:
+        checkpoint = _load(path)
+    except Exception as error:  # damaged pickles raise about anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return [f'{what} damaged: {path} is truncated or was not written by torch.save '
+                f'({reason}). {fix}']
+    if not isinstance(checkpoint, dict):
+        return [f'{what} without weights: {path} holds no state dict. {fix}']
     return []
 
 
-def _load(path) -> Optional[dict]:
-    """The checkpoint, its tensors left on the disk where the format allows; None if unreadable."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=False,
-                                mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-        return None
-    return checkpoint if isinstance(checkpoint, dict) else None
+def _load(path):
+    """What torch.save wrote, its tensors left on the disk where the format allows."""
+    return torch.load(path, map_location='cpu', weights_only=False, mmap=zipfile.is_zipfile(path))
 
 
 def _missing_data(dataset: ConfigDict) -> List[str]:
@@ -124,26 +126,28 @@ def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
         yield dataset
 
 
-def _pretrained(node, network: str = '') -> Iterator[Tuple[str, dict]]:
-    """Every `init_cfg` of type Pretrained in a model config, and the type of what it belongs to."""
+def _pretrained(node) -> Iterator[str]:
+    """Checkpoints of every `init_cfg` of type Pretrained in a model config."""
     if isinstance(node, dict):
         if node.get('type') == 'Pretrained' and node.get('checkpoint'):
-            yield network, node
-        children, network = node.values(), node.get('type', network)
+            yield node['checkpoint']
+        children = node.values()
     else:
         children = node if isinstance(node, (list, tuple)) else ()
     for child in children:
-        yield from _pretrained(child, network)
+        yield from _pretrained(child)
 
 
-def _whole_model(network: str, init_cfg: dict) -> List[str]:
+def _whole_model(backbone: dict) -> List[str]:
     """MMEngine would load nothing and only warn where a prefix is needed and not given."""
-    path = init_cfg['checkpoint']
-    if '://' in str(path) or init_cfg.get('prefix') or network.startswith('CE'):
-        return []  # CE backbones find themselves in whole models
-    checkpoint = _load(path)
-    entries = checkpoint.get('state_dict', checkpoint)
-    if not any(key.startswith('backbone.') for key in entries):
-        return []
-    return [f'{path} holds a whole model, in which {network} would find none of its weights. Add '
-            '--cfg-options model.backbone.init_cfg.prefix=backbone.']
+    init_cfg = backbone.get('init_cfg')
+    if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        path = init_cfg.checkpoint
+        if '://' in str(path) or init_cfg.get('prefix') or backbone.type.startswith('CE'):
+            return []  # CE backbones find themselves in whole models
+        checkpoint = _load(path)
+        entries = checkpoint.get('state_dict', checkpoint)
+        if any(key.startswith('backbone.') for key in entries):
+            return [f'{path} holds a whole model, in which {backbone.type} would find none of its '
+                    'weights. Add --cfg-options model.backbone.init_cfg.prefix=backbone.']
+    return []
