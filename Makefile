@@ -19,7 +19,7 @@ demo: setup  ## train, evaluate and draw on a small generated set (under 10 minu
 test: setup  ## run the test suite
 	$(RUN) -m pytest
 
-test-long: setup  ## run the tests that take minutes each: killed and resumed runs
+test-long: setup  ## run the tests that take minutes each: killed runs, mixed precision
 	$(RUN) -m pytest -m long -s
 
 lint: setup  ## check style

@@ -51,7 +51,7 @@ def _placeholders():
 
 def _import_mmpretrain() -> None:
     if not find_spec('mmpretrain'):
-        raise ImportError('classifiers need mmpretrain: pip install "cenet-mmdet[pretrain]"')
+        raise ImportError('classifiers need mmpretrain: pip install onedl-mmpretrain')
     missing = not find_spec('torchvision')
     if missing:
         print_log('torchvision is not installed: the parts of mmpretrain that need it will fail '

@@ -5,9 +5,10 @@ Shao, Tang, et al., ICML 2020. Section and equation numbers refer to it.
 
 A forward pass is moments (`moments.py`) -> operator (`whitening.py`,
 `reweighting.py`, `operator.py`) -> apply (`apply.py`); `sync_ce.py` puts an
-all-reduce of the moments behind the first. Only the first and the last touch
-the feature map, each with one batched product; what lies between is d x d
-algebra in float32 (float64 for float64 input).
+all-reduce of the moments behind the first, and `batch_norm.py` computes a batch
+norm in front along with both ends. Only the first and the last touch the
+feature map, each with one batched product; what lies between is d x d algebra
+in float32 (float64 for float64 input).
 """
 from typing import Optional, Tuple, Union
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .apply import apply_operator, apply_weights
 from .batch_norm import Affine, affine_of
+from .checks import check_eps_and_momentum, check_integers
 from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype
 from .operator import mix
 from .released import rename_released_keys
@@ -85,13 +87,10 @@ class CE(nn.Module):
                  device=None,
                  dtype=None) -> None:
         super().__init__()
-        _check_integers(in_channels=in_channels, num_iters=num_iters, reduction=reduction)
+        check_integers(in_channels=in_channels, num_iters=num_iters, reduction=reduction)
         if group_size is not None:
-            _check_integers(group_size=group_size)
-        if not 0 < eps < float('inf'):
-            raise ValueError(f'eps must be a positive number, got {eps!r}')
-        if not 0 <= momentum <= 1:
-            raise ValueError(f'momentum must lie in [0, 1], got {momentum!r}')
+            check_integers(group_size=group_size)
+        check_eps_and_momentum(eps, momentum)
         if bd_ratio is not None and not 0 <= bd_ratio <= 1:
             raise ValueError(f'bd_ratio must be None (learned) or lie in [0, 1], got {bd_ratio!r}')
         if freeze not in FREEZE_MODES:
@@ -282,9 +281,3 @@ def fitting_group_size(channels: int, group_size: Optional[int]) -> int:
     while channels % group_size:
         group_size //= 2
     return group_size
-
-
-def _check_integers(**arguments) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name} must be an integer >= 1, got {value!r}')

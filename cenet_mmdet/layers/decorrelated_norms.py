@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .apply import apply_operator
-from .ce import _check_integers, fitting_group_size
+from .ce import fitting_group_size
+from .checks import check_eps_and_momentum, check_integers
 from .moments import moments, pool, statistics_dtype
 from .whitening import covariance, newton_whitening
 
@@ -33,13 +34,10 @@ class _WhiteningNorm(nn.Module):
     def __init__(self, num_features: int, group_size: Optional[int], eps: float, momentum: float,
                  affine: bool, device, dtype) -> None:
         super().__init__()
-        _check_integers(num_features=num_features)
+        check_integers(num_features=num_features)
         if group_size is not None:
-            _check_integers(group_size=group_size)
-        if not 0 < eps < float('inf'):
-            raise ValueError(f'eps must be a positive number, got {eps!r}')
-        if not 0 <= momentum <= 1:
-            raise ValueError(f'momentum must lie in [0, 1], got {momentum!r}')
+            check_integers(group_size=group_size)
+        check_eps_and_momentum(eps, momentum)
 
         self.num_features = num_features
         self.group_size = fitting_group_size(num_features, group_size)
@@ -175,7 +173,7 @@ class IterNorm(_WhiteningNorm):
                  affine: bool = True,
                  device=None,
                  dtype=None) -> None:
-        _check_integers(num_iters=num_iters)
+        check_integers(num_iters=num_iters)
         super().__init__(num_features, group_size, eps, momentum, affine, device, dtype)
         self.num_iters = num_iters
 
