@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cenet_mmdet import CE, CEResNet, SyncCE
+from cenet_mmdet.insert import NormCE
 from cenet_mmdet.layers.all_reduce import all_reduce
-from cenet_mmdet.layers.batch_norm import norm_then_ce
+from cenet_mmdet.layers.batch_norm import can_fuse, norm_then_ce
 from cenet_mmdet.layers.moments import moments, pool
 from cenet_mmdet.layers.whitening import covariance
 
@@ -106,7 +107,7 @@ def count_collectives():
         setattr(dist, name, original)
 
 
-def train_whole(split, dtype, options):
+def train_whole(split, dtype, options, norm=None):
     """The single-process layer on the union of the ranks' batches.
 
     Samples of different sizes do not fit into one tensor: the moments are
@@ -117,11 +118,19 @@ def train_whole(split, dtype, options):
     for step in range(STEPS):
         parts = batches(split, step, dtype)
         xs = [x.double().requires_grad_() for x, _ in parts]
-        ys = reference_forward(ce, xs)
+        ys = reference_forward(ce, xs if norm is None else reference_norm(norm, xs))
         torch.autograd.backward(ys, [grad.double() for _, grad in parts])
         outputs.append([y.detach() for y in ys])
         gradients.append([x.grad for x in xs])
-    return ce, outputs, gradients
+    return (ce if norm is None else NormCE(norm, ce)), outputs, gradients
+
+
+def reference_norm(norm, xs):
+    """Batch norm over maps of any sizes, by itself over all their pixels in one row."""
+    pixels = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1)
+    rows = norm(pixels.T[:, :, None, None])[:, :, 0, 0].T
+    parts = rows.split([x[:, 0].numel() for x in xs], 1)
+    return [p.view(CHANNELS, len(x), *x.shape[2:]).transpose(0, 1) for p, x in zip(parts, xs)]
 
 
 def reference_forward(ce, xs):
@@ -169,7 +178,27 @@ def train_rank_all(rank, split):
     results = {name: train_rank(rank, split, torch.float64, options)
                for name, options in OPTIONS.items()}
     return {**results, 'float32': train_rank(rank, split, torch.float32, {}),
-            'bfloat16': half_precision(rank, split), 'behind': behind_batch_norm(rank, split)}
+            'bfloat16': half_precision(rank, split), 'behind': behind_batch_norm(rank, split),
+            'SyncBN': train_behind_sync_batch_norm(rank, split)}
+
+
+def train_behind_sync_batch_norm(rank, split):
+    """SyncBN and SyncCE by one collective each way, which works on CPUs too."""
+    both = NormCE(batch_norm(nn.SyncBatchNorm), layer(SyncCE, torch.float64, {}))
+    x = batches(split, 0, torch.float64)[rank][0]
+    assert can_fuse(both.norm, both.ce, x)
+    assert not can_fuse(both.norm, layer(CE, torch.float64, {}), x)
+    assert not can_fuse(both.norm, SyncCE(CHANNELS, process_group=dist.group.WORLD), x)
+    with count_collectives() as calls:
+        return train_steps(both, rank, split, torch.float64, calls)
+
+
+def batch_norm(cls):
+    norm = cls(CHANNELS, dtype=torch.float64)
+    torch.manual_seed(1)
+    nn.init.uniform_(norm.weight, 0.1, 2)
+    nn.init.normal_(norm.bias)
+    return norm
 
 
 def behind_batch_norm(rank, split):
@@ -206,6 +235,8 @@ def test_ranks_together_are_one_process(split, tmp_path):
     ranks = spawn(train_rank_all, split, tmp_path=tmp_path)
     for name, options in OPTIONS.items():
         compare([r[name] for r in ranks], *train_whole(split, torch.float64, options), atol=1e-10)
+    norm = batch_norm(nn.BatchNorm2d)
+    compare([r['SyncBN'] for r in ranks], *train_whole(split, torch.float64, {}, norm), atol=1e-10)
     assert ranks[0]['float32']['outputs'][0].dtype == torch.float32
     compare([r['float32'] for r in ranks], *train_whole(split, torch.float32, {}), atol=1e-5)
     for r in ranks:
@@ -273,7 +304,7 @@ def covariance_errors(rank, split):
         parts = [(torch.randn(2, 1, 8, 400 + 100 * r, dtype=torch.float64) * std + mean).float()
                  for r in range(len(split))]
         mine = parts[rank]
-        ours = covariance(all_reduce(pool(moments(mine), None, mine.shape[-1])), eps=1e-12)
+        ours = covariance(all_reduce(pool(moments(mine)[0], None, mine.shape[-1])), eps=1e-12)
         pixels = torch.cat([p.double().transpose(0, 2).flatten(1) for p in parts], 1)
         error = ours[0] - torch.cov(pixels, correction=0)
         errors.append((error / (std * std.T)).abs().max())

@@ -41,16 +41,22 @@ def parse_args():
 
 
 def take_turns(candidates, repeats):
-    """Seconds of each candidate, a function without arguments, in each turn but the first."""
+    """Seconds of each candidate, a function without arguments, in each turn but the first.
+
+    Each is called twice in its turn, and timed the second time: it then finds the heap as
+    it leaves it itself, and not as the one before it did.
+    """
     import torch
 
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = {name: [] for name in candidates}
     for _ in range(repeats + 1):
         for name, function in candidates.items():
+            function()
+            wait()
             start = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            wait()
             seconds[name].append(time.perf_counter() - start)
     return {name: times[1:] for name, times in seconds.items()}
 

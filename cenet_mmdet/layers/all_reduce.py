@@ -3,7 +3,7 @@
 The ranks' shares are weighted by what they really hold, since averaging
 per-rank statistics is wrong as soon as ranks have different image sizes. All
 that a layer needs crosses in one vector: counts, sums, the upper triangles of
-the second moments, and the sum of the instance variances. It crosses in
+the second moments, and the sums of the instance variances. It crosses in
 float64: each rank's scatter is taken about its own mean (`moments.py`), and
 only float64 lets the parts be brought to a common origin without losing the
 digits of channels whose mean is large against their deviation.
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .moments import BatchMoments
+from .moments import BatchMoments, at_least_one
 
 
 def all_reduce(batch: BatchMoments, group=None) -> BatchMoments:
@@ -55,7 +55,7 @@ def _pack(batch: BatchMoments) -> Tensor:
         second = batch.scatter.double() + batch.pixels * _outer(mean)
         parts += [batch.pixels * mean.flatten(), second[_upper_triangle(second)]]
     if batch.variance is not None:
-        parts += [batch.samples * batch.variance.double().view(1)]
+        parts += [batch.samples * batch.variance.double().flatten()]
     return torch.cat(parts)
 
 
@@ -64,7 +64,7 @@ def _unpack(total: Tensor, like: BatchMoments) -> BatchMoments:
     mean = scatter = variance = None
     if like.mean is not None:
         channels = like.mean.numel()
-        mean = total[2:2 + channels].view_as(like.mean) / pixels.clamp(min=1)
+        mean = total[2:2 + channels].view_as(like.mean) / at_least_one(pixels)
         upper = _upper_triangle(like.scatter)
         triangle = torch.zeros_like(like.scatter, dtype=torch.float64).index_put(
             upper, total[2 + channels:2 + channels + upper[0].numel()])
@@ -72,7 +72,8 @@ def _unpack(total: Tensor, like: BatchMoments) -> BatchMoments:
         scatter = (second - pixels * _outer(mean)).to(like.scatter.dtype)
         mean = mean.to(like.mean.dtype)
     if like.variance is not None:
-        variance = (total[-1] / samples.clamp(min=1)).to(like.variance.dtype)
+        variance = total[-like.variance.numel():].view_as(like.variance) / at_least_one(samples)
+        variance = variance.to(like.variance.dtype)
     dtype = (like.variance if like.mean is None else like.mean).dtype
     return BatchMoments(pixels.to(dtype), mean, scatter, samples.to(dtype), variance)
 

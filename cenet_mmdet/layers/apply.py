@@ -16,16 +16,12 @@ def apply_operator(operator: Tensor, x: Tensor, affine: Optional[Affine] = None)
 
     Args:
         operator: (N, G, d, d), or (G, d, d) for one operator for all samples.
-        x: feature map (N, C, ...), C = G * d; with `affine`, the one that it maps to x.
+        x: grouped feature map (N, G, d, L); with `affine`, the one that it maps to x.
         affine: what lies between the feature map and x.
     """
-    groups, d = operator.shape[-3:-1]
-    grouped = x.reshape(len(x), groups, d, x.shape[2:].numel())
-    if affine is not None:
-        return torch.ops.aten._unsafe_view(_apply_affine(operator, affine, grouped), x.shape)
-    # The product is new, so its other shape need not be a view: residual blocks
-    # add to it in place, which autograd handles at a cost, or not at all, in views.
-    return torch.ops.aten._unsafe_view(operator.to(x.dtype) @ grouped, x.shape)
+    if affine is None:
+        return operator.to(x.dtype) @ x
+    return _apply_affine(operator, affine, x)
 
 
 def _apply_affine(operator: Tensor, affine: Affine, z: Tensor) -> Tensor:
@@ -36,11 +32,11 @@ def _apply_affine(operator: Tensor, affine: Affine, z: Tensor) -> Tensor:
     bias = (operator @ affine.shift.unsqueeze(-1)
             - matrix.to(operator.dtype) @ affine.mean.unsqueeze(-1))
     n, groups, d, pixels = z.shape
-    matrix, bias = (t.expand(n, groups, d, -1).reshape(n * groups, d, -1)
-                    for t in (matrix, bias.to(z.dtype)))
-    return torch.baddbmm(bias, matrix, z.reshape(n * groups, d, pixels))
+    matrix = matrix.expand(n, groups, d, d).reshape(n * groups, d, d)
+    bias = bias.to(z.dtype).expand(n, groups, d, 1).reshape(n * groups, d, 1)
+    return torch.baddbmm(bias, matrix, z.reshape(n * groups, d, pixels)).view(z.shape)
 
 
 def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
-    """p_n = diag(w_n) x_n: (N, G, d) by feature map (N, C, ...)."""
-    return weights.to(x.dtype).reshape(x.shape[:2] + (1, ) * (x.dim() - 2)) * x
+    """p_n = diag(w_n) x_n: (N, G, d) by grouped feature map (N, G, d, L)."""
+    return weights.to(x.dtype).unsqueeze(-1) * x

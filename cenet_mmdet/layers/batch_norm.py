@@ -6,18 +6,20 @@ algebra (equations 5 and 7):
 
     Sigma_x = D Sigma_z D        v_n(x) = D^2 v_n(z)
 
-and CE's operator and D make one matrix. So x is never formed: one pass takes the moments
-of z, another applies the matrix and a bias, as many as BN needs alone, and z, which BN
-keeps for the backward pass anyway, is all that is kept. beta is no part of any moment,
-which spares inhibited channels, where it exceeds gamma by far, a loss of digits.
+The moments of SyncBN and SyncCE are the same ones too, and cross by one collective. And
+CE's operator and D make one matrix. So x is never formed: one pass takes the moments of z,
+another applies the matrix and a bias, as many as BN needs alone, and z, which BN keeps for
+the backward pass anyway, is all that is kept. beta is no part of any moment, which spares
+inhibited channels, where it exceeds gamma by far, a loss of digits.
 """
 from typing import NamedTuple, Optional
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from .moments import Moments
+from .moments import BatchMoments, at_least_one, track
 
 
 class Affine(NamedTuple):
@@ -26,13 +28,15 @@ class Affine(NamedTuple):
     mean: Tensor
     shift: Tensor
 
-    def moments(self, z: Moments) -> Moments:
+    def moments(self, z: BatchMoments) -> BatchMoments:
         """Moments of x from those of z."""
+        mean = self.scale * (z.mean - self.mean) + self.shift
         scatter = self.scale.unsqueeze(-1) * z.scatter * self.scale.unsqueeze(-2)
-        return Moments(z.pixels, self.scale * (z.mean - self.mean) + self.shift, scatter)
+        variance = None if z.variance is None else self.variance(z.variance)
+        return z._replace(mean=mean, scatter=scatter, variance=variance)
 
     def variance(self, z: Tensor) -> Tensor:
-        """v_n of x from that of z, (N, G, d)."""
+        """v_n of x from that of z, (..., G, d)."""
         return self.scale.square() * z
 
 
@@ -44,34 +48,34 @@ def norm_then_ce(norm: nn.Module, ce: nn.Module, z: Tensor) -> Tensor:
 def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:
     """Whether `ce(norm(z))` may be computed in one.
 
-    A plain batch norm on the CPU or one GPU in front of a CE with BD can; nobody may want
-    to see what goes from one to the other (forward hooks). Where batch norm learns its
-    statistics and CE does not, each works for itself.
+    A batch norm in front of a CE with BD can; nobody may want to see what goes from one to
+    the other (forward hooks). Where batch norm learns its statistics and CE does not, or
+    only one of them over several ranks, each works for itself.
     """
-    return (isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward
+    return (isinstance(norm, _BatchNorm)
+            and type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
             and getattr(ce, 'has_bd', False)
-            and z.numel() > norm.num_features  # one value per channel is refused by the norm
-            and (ce.uses_batch_statistics or not _uses_batch(norm))
+            and (ce.uses_batch_statistics or not uses_batch(norm))
+            and (_share_ranks(norm, ce) if synchronizes(norm)
+                 else z.numel() > norm.num_features)  # one value per channel: the norm refuses
             and not (norm._forward_hooks or norm._forward_pre_hooks
                      or ce._forward_hooks or ce._forward_pre_hooks))
 
 
 def affine_of(norm: _BatchNorm, shape: torch.Size, dtype: torch.dtype,
-              z: Optional[Moments] = None) -> Affine:
+              z: Optional[BatchMoments]) -> Affine:
     """The map that a batch norm is, with its running statistics updated as it would.
 
     Args:
         norm: the batch norm.
         shape: (G, d).
         dtype: of the statistics.
-        z: moments of the batch; None for a norm in evaluation.
+        z: moments of the batch, of which a norm in evaluation has no need.
     """
-    if _uses_batch(norm):
-        count = len(z.mean) * z.pixels
-        mean = z.mean.mean(0)
-        squares = z.scatter.diagonal(dim1=-2, dim2=-1) + z.pixels * (z.mean - mean).square()
-        variance = squares.sum(0) / count
-        _track(norm, mean, variance * count / (count - 1))
+    if uses_batch(norm):
+        squares = z.scatter.diagonal(dim1=-2, dim2=-1)
+        mean, variance = z.mean, squares / at_least_one(z.pixels)
+        _track(norm, mean, squares / at_least_one(z.pixels - 1), z.pixels)
     else:
         # Copies: another forward in training may update the buffers before the backward.
         mean, variance = (buffer.to(dtype, copy=True).view(shape)
@@ -83,12 +87,24 @@ def affine_of(norm: _BatchNorm, shape: torch.Size, dtype: torch.dtype,
                   norm.bias.to(dtype).view(shape))
 
 
-def _uses_batch(norm: _BatchNorm) -> bool:
+def uses_batch(norm: _BatchNorm) -> bool:
+    """Whether the norm's next forward takes the statistics of its batch."""
     return norm.training or norm.running_mean is None
 
 
+def synchronizes(norm: _BatchNorm) -> bool:
+    """Whether these are then the statistics of other ranks too."""
+    return (isinstance(norm, SyncBatchNorm) and norm.training
+            and dist.is_available() and dist.is_initialized()
+            and dist.get_world_size(norm.process_group) > 1)
+
+
+def _share_ranks(norm: SyncBatchNorm, ce: nn.Module) -> bool:
+    return getattr(ce, 'synchronizes', False) and ce.process_group is norm.process_group
+
+
 @torch.no_grad()
-def _track(norm: _BatchNorm, mean: Tensor, unbiased: Tensor) -> None:
+def _track(norm: _BatchNorm, mean: Tensor, unbiased: Tensor, pixels) -> None:
     """As torch's batch norm: momentum None is the plain average of all batches."""
     if not (norm.training and norm.track_running_stats):
         return
@@ -96,5 +112,5 @@ def _track(norm: _BatchNorm, mean: Tensor, unbiased: Tensor) -> None:
     weight = norm.momentum
     if weight is None:
         weight = 1 / float(norm.num_batches_tracked)
-    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.lerp_(new.flatten().to(running.dtype), weight)
+    track(norm.running_mean, mean, weight, pixels)
+    track(norm.running_var, unbiased, weight, pixels)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .apply import apply_operator, apply_weights
-from .batch_norm import Affine, affine_of
+from .batch_norm import Affine, affine_of, synchronizes
 from .checks import check_eps_and_momentum, check_integers
-from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype
+from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype, track
 from .operator import mix
 from .released import rename_released_keys
 from .reweighting import InstanceReweighting, instance_scale
@@ -170,37 +170,46 @@ class CE(nn.Module):
         # The operator's algebra must not run in half precision, and the output
         # keeps the input's type.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous()  # so that the reshaping below and in apply.py is free
             # The pixels are counted because -1 is ambiguous for an empty batch.
-            grouped = x.reshape(len(x), self.num_groups, self.group_size, x.shape[2:].numel())
+            grouped = x.contiguous().view(len(x), self.num_groups, self.group_size,
+                                          x.shape[2:].numel())
             if self._takes_statistics_from(grouped):
-                statistics, affine = self._batch_statistics(grouped, norm)
+                grouped, statistics, affine = self._batch_statistics(grouped, norm)
             else:
                 statistics, affine = self._running_statistics(grouped, norm)
-            return self._equilibrate(x, *statistics, affine)
+            out = self._equilibrate(grouped, *statistics, affine)
+            # The product is new, so its other shape need not be a view: residual blocks
+            # add to it in place, which autograd handles at a cost, or not at all, in views.
+            return torch.ops.aten._unsafe_view(out, x.shape)
 
     def _takes_statistics_from(self, x: Tensor) -> bool:
         """Whether to use the statistics of this batch; an empty one has none."""
         return self.uses_batch_statistics and x.numel() > 0
 
-    def _batch_statistics(self, x: Tensor, norm) -> Tuple[Statistics, Optional[Affine]]:
-        """W, v_n and s of this batch, of which W and s are tracked; the norm, if there is one."""
-        per_sample = moments(x) if self.has_bd else None
-        affine = None
-        if norm is not None:
-            affine = affine_of(norm, x.shape[1:3], per_sample.mean.dtype, per_sample)
-            per_sample = affine.moments(per_sample)
-        variance = None
+    def _batch_statistics(self, x: Tensor, norm) -> Tuple[Tensor, Statistics, Optional[Affine]]:
+        """x (see `moments`); W, v_n and s, of which W and s are tracked; the norm, if there."""
+        per_sample = variance = affine = None
+        if self.has_bd:
+            per_sample, x = moments(x)
         if self.has_ir:
             variance = per_sample.variance() if self.has_bd else instance_variance(x)
-        batch = self._over_ranks(pool(per_sample, variance, pixels=x.shape[-1]))
+        batch = pool(per_sample, variance, pixels=x.shape[-1])
+        if norm is None or synchronizes(norm):
+            batch = self._over_ranks(batch)
+        if norm is not None:
+            affine = affine_of(norm, x.shape[1:3], batch.mean.dtype, batch)
+            batch = affine.moments(batch)
+            if not synchronizes(norm):
+                batch = self._over_ranks(batch)
+            if self.has_ir:
+                variance = affine.variance(variance)
         whitening = scale = None
         if self.has_bd:
             whitening = newton_whitening(covariance(batch, self.eps), self.num_iters)
         if self.has_ir:
             scale = self._scale(batch)
         self._track(batch, whitening, scale)
-        return (whitening, variance, scale), affine
+        return x, (whitening, variance, scale), affine
 
     def _over_ranks(self, batch: BatchMoments) -> BatchMoments:
         """Step 2; here the batch is this process's own."""
@@ -216,7 +225,7 @@ class CE(nn.Module):
         """The tracked W and s, and v_n, which is the sample's own; the norm, if there is one."""
         affine = None
         if norm is not None:
-            affine = affine_of(norm, x.shape[1:3], statistics_dtype(x.dtype))
+            affine = affine_of(norm, x.shape[1:3], statistics_dtype(x.dtype), None)
         whitening = self._read(self.running_whitening, x) if self.has_bd else None
         if not self.has_ir:
             return (whitening, None, None), affine
@@ -233,22 +242,16 @@ class CE(nn.Module):
 
     @torch.no_grad()
     def _track(self, batch: BatchMoments, whitening, scale) -> None:
-        """running = (1 - momentum) * running + momentum * new, unless the batch was empty."""
-        new = {}
+        """Update the running averages and count the batch, unless it was empty."""
         if self.has_bd:
-            new.update(running_mean=batch.mean.flatten(), running_whitening=whitening)
+            track(self.running_mean, batch.mean, self.momentum, batch.pixels)
+            track(self.running_whitening, whitening, self.momentum, batch.pixels)
         if self.has_ir:
-            new.update(running_scale=scale)
-        for name, value in new.items():
-            buffer = getattr(self, name)
-            value = value.to(buffer.dtype)
-            if isinstance(batch.pixels, Tensor):  # known on the device only
-                value = torch.where(batch.pixels > 0, value, buffer)
-            buffer.lerp_(value, self.momentum)
+            track(self.running_scale, scale, self.momentum, batch.pixels)
         self.num_batches_tracked.add_(batch.pixels > 0)
 
     def _equilibrate(self, x: Tensor, whitening, variance, scale, affine) -> Tensor:
-        """p_n of the class docstring, for the feature map x (N, C, ...) or what affine makes it."""
+        """p_n of the class docstring, for the feature map x (N, G, d, L) or affine's of it."""
         if not self.has_ir:
             return apply_operator(whitening, x, affine)
         gates = self.reweighting(variance.reshape(len(x), self.in_channels))

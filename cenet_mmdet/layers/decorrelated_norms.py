@@ -84,21 +84,22 @@ class _WhiteningNorm(nn.Module):
                              f'training, got {tuple(x.shape)}; use a larger batch or eval()')
         # As in CE: no algebra in half precision, and the output keeps the input's type.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous()  # so that the reshaping below and in apply.py is free
+            grouped = x.contiguous().view(len(x), self.num_groups, self.group_size,
+                                          x.shape[2:].numel())
             if self.training and x.numel() > 0:
-                mean, whitening = self._batch_statistics(x)
+                grouped, mean, whitening = self._batch_statistics(grouped)
             else:
-                mean, whitening = self._running_statistics(x)
-            return self._normalize(x, mean, whitening)
+                mean, whitening = self._running_statistics(grouped)
+            out = self._normalize(grouped, mean, whitening)
+            return torch.ops.aten._unsafe_view(out, x.shape)  # as in CE
 
-    def _batch_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean (G, d) and W (G, d, d) of this batch, which are tracked."""
-        pixels = x.shape[2:].numel()
-        per_sample = moments(x.reshape(len(x), self.num_groups, self.group_size, pixels))
-        batch = pool(per_sample, None, pixels)
+    def _batch_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """x (see `moments`); mean (G, d) and W (G, d, d) of this batch, which are tracked."""
+        per_sample, x = moments(x)
+        batch = pool(per_sample, None, x.shape[-1])
         whitening = self.whitening_matrix(covariance(batch, self.eps))
         self._track(batch.mean, whitening)
-        return batch.mean, whitening
+        return x, batch.mean, whitening
 
     def _running_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         # Copies: the backward pass needs these values, and a training step of
@@ -116,18 +117,18 @@ class _WhiteningNorm(nn.Module):
         self.num_batches_tracked.add_(1)
 
     def _normalize(self, x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
-        """A x + b with A = diag(gamma) W and b = beta - A mean, for x (N, C, ...)."""
+        """A x + b with A = diag(gamma) W and b = beta - A mean, for x (N, G, d, L)."""
         operator = whitening
         if self.affine:
             operator = self.weight.to(mean.dtype).view_as(mean).unsqueeze(-1) * whitening
         # b is made of the A that is applied, rounded to half precision or not:
         # an error of A then acts on x - mean, and not on an offset of x.
         operator = operator.to(x.dtype)
-        shift = -(operator.to(mean.dtype) @ mean.unsqueeze(-1)).flatten()
+        shift = -(operator.to(mean.dtype) @ mean.unsqueeze(-1))
         if self.affine:
-            shift = shift + self.bias.to(mean.dtype)
+            shift = shift + self.bias.to(mean.dtype).view_as(shift)
         # In place, as a sum of its own would be a second map; b may stay in float32.
-        return apply_operator(operator, x).add_(shift.view(-1, *(1, ) * (x.dim() - 2)))
+        return apply_operator(operator, x).add_(shift)
 
     def extra_repr(self) -> str:
         return (f'{self.num_features}, group_size={self.group_size}, eps={self.eps}, '

@@ -6,12 +6,17 @@ mean and combined over the batch afterwards (Chan et al., 1983). E[x^2] - E[x]^2
 would lose all digits of an inhibited channel, whose offset is far larger than
 its deviation. Both functions keep nothing for the backward pass but the
 feature map itself, which the network holds anyway.
+
+Deviations are never written out for a whole feature map: on the CPU they are made of
+pieces that fit the cache, since fresh memory costs several times the arithmetic.
 """
 from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+CACHE = 2 << 20  # bytes of deviations at a time, on the CPU
 
 
 class Moments(NamedTuple):
@@ -35,7 +40,7 @@ class BatchMoments(NamedTuple):
     mean: Optional[Tensor]  # (G, d)
     scatter: Optional[Tensor]  # (G, d, d), about the mean
     samples: Union[int, Tensor]  # those with a variance: N, or 0 where L = 1
-    variance: Optional[Tensor]  # mean of v_n over these samples and all channels
+    variance: Optional[Tensor]  # (G, d), mean of v_n over these samples
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,11 +48,16 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def moments(x: Tensor) -> Moments:
-    """Means and scatter matrices of every sample and group of x (N, G, d, L)."""
+def moments(x: Tensor) -> Tuple[Moments, Tensor]:
+    """Means and scatter matrices of every sample and group of x (N, G, d, L); and x.
+
+    The x returned is for step 4, and for nothing else: its gradient comes back through
+    here, where that of the moments is added to it in place.
+    """
     n, groups, d, pixels = x.shape
-    mean, scatter = _CentredScatter.apply(x.reshape(n * groups, d, pixels))
-    return Moments(pixels, mean.view(n, groups, d), scatter.view(n, groups, d, d))
+    mean, scatter, passed = _CentredScatter.apply(x.reshape(n * groups, d, pixels))
+    per_sample = Moments(pixels, mean.view(n, groups, d), scatter.view(n, groups, d, d))
+    return per_sample, passed.view(x.shape)
 
 
 def pool(per_sample: Optional[Moments], variance: Optional[Tensor], pixels: int) -> BatchMoments:
@@ -64,52 +74,87 @@ def pool(per_sample: Optional[Moments], variance: Optional[Tensor], pixels: int)
     samples = len(variance if per_sample is None else per_sample.mean)
     mean = scatter = None
     if per_sample is not None:
-        mean = per_sample.mean.sum(0) / max(samples, 1)
+        mean = per_sample.mean.sum(0) / at_least_one(samples)
         between = (per_sample.mean - mean).permute(1, 2, 0)  # (G, d, N)
-        scatter = per_sample.scatter.sum(0) + pixels * between @ between.mT
+        scatter = torch.baddbmm(per_sample.scatter.sum(0), between, between.mT, alpha=pixels)
     if variance is not None:
-        variance = variance.sum() / max(variance.numel(), 1)
+        variance = variance.sum(0) / at_least_one(samples)
     return BatchMoments(samples * pixels, mean, scatter, samples if pixels > 1 else 0, variance)
 
 
 def instance_variance(x: Tensor) -> Tensor:
-    """What `moments(x).variance()` is, without the products: (N, G, d, L) -> (N, G, d)."""
-    _, squares = _CentredSquares.apply(x)
-    return _unbiased(squares, x.shape[-1])
+    """What the variance of `moments(x)` is, without the products: (N, G, d, L) -> (N, G, d)."""
+    _, squares = _CentredSquares.apply(x.flatten(0, 2))
+    return _unbiased(squares, x.shape[-1]).view(x.shape[:3])
+
+
+@torch.no_grad()
+def track(running: Tensor, new: Tensor, weight: float, pixels: Union[int, Tensor]) -> None:
+    """running = (1 - weight) * running + weight * new, unless there was nothing in the batch."""
+    new = new.view(running.shape).to(running.dtype)
+    if isinstance(pixels, Tensor):  # known on the device only
+        new = torch.where(pixels > 0, new, running)
+    running.lerp_(new, weight)
+
+
+def at_least_one(count: Union[int, Tensor]) -> Union[int, Tensor]:
+    """The count as a divisor: sums over nothing are 0, and so shall be their means."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _unbiased(squares: Tensor, pixels: int) -> Tensor:
     """Sums of squared deviations to variances; one pixel has none, and gets 0."""
-    return squares / max(pixels - 1, 1)
+    return squares / at_least_one(pixels - 1)
 
 
 def _mean(x: Tensor) -> Tensor:
     """Mean over the pixels, 0 where there are none."""
-    return x.sum(-1, dtype=statistics_dtype(x.dtype)) / max(x.shape[-1], 1)
+    return x.sum(-1, dtype=statistics_dtype(x.dtype)) / at_least_one(x.shape[-1])
+
+
+def _rows_in_cache(x: Tensor) -> int:
+    """How many rows of x (B, ..., L) to work on at a time; on a GPU all of them."""
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return at_least_one(len(x))
+    row = x[:1].numel() * statistics_dtype(x.dtype).itemsize
+    return at_least_one(CACHE // at_least_one(row))
 
 
 class _CentredScatter(Function):
-    """x (B, d, L) -> mean (B, d), scatter (B, d, d), by one batched product."""
+    """x (B, d, L) -> mean (B, d), scatter (B, d, d), by one batched product; and x."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
-        mean = _mean(x)
-        centred = x - mean.unsqueeze(-1)
-        return mean, centred @ centred.mT
+    def forward(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        parts = []
+        for rows in x.split(_rows_in_cache(x)):
+            mean = _mean(rows)
+            centred = rows - mean.unsqueeze(-1)
+            parts.append((mean, centred @ centred.mT))
+        mean, scatter = (torch.cat(part) for part in zip(*parts))
+        return mean, scatter, x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[0], output[0])
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_scatter: Tensor) -> Tensor:
+    def backward(ctx, grad_mean: Tensor, grad_scatter: Tensor, grad_x: Tensor) -> Tensor:
         # d scatter has no part through the mean: the deviations sum to zero.
-        # grad_x = (grad_scatter + grad_scatter^T)(x - mean) + grad_mean / L
+        # grad_x += (grad_scatter + grad_scatter^T)(x - mean) + grad_mean / L
         x, mean = ctx.saved_tensors
         symmetric = grad_scatter + grad_scatter.mT
-        constant = grad_mean / max(x.shape[-1], 1) - (symmetric @ mean.unsqueeze(-1)).squeeze(-1)
-        grad_x = torch.baddbmm(constant.unsqueeze(-1), symmetric, x.to(symmetric.dtype))
-        return grad_x.to(x.dtype)
+        constant = (grad_mean.unsqueeze(-1) / at_least_one(x.shape[-1])
+                    - symmetric @ mean.unsqueeze(-1))
+        if torch.is_grad_enabled():  # for a second derivative
+            return grad_x + torch.baddbmm(constant, symmetric, x.to(symmetric.dtype)).to(x.dtype)
+        # grad_x was made for this by step 4, and nobody else has it.
+        step = _rows_in_cache(x)
+        for total, s, c, rows in zip(*(t.split(step) for t in (grad_x, symmetric, constant, x))):
+            if total.dtype == s.dtype:
+                total.baddbmm_(s, rows).add_(c)
+            else:
+                total.add_(torch.baddbmm(c, s, rows.to(s.dtype)))
+        return grad_x
 
 
 class _CentredSquares(Function):
@@ -117,9 +162,13 @@ class _CentredSquares(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
-        mean = _mean(x)
-        # A norm is one pass; torch.var over the pixels is several times slower on CPU.
-        return mean, torch.linalg.vector_norm(x - mean.unsqueeze(-1), dim=-1).square()
+        parts = []
+        for rows in x.split(_rows_in_cache(x)):
+            mean = _mean(rows)
+            # A norm is one pass; torch.var over the pixels is several times slower on CPU.
+            deviation = torch.linalg.vector_norm(rows - mean.unsqueeze(-1), dim=-1)
+            parts.append((mean, deviation.square()))
+        return tuple(torch.cat(part) for part in zip(*parts))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -128,6 +177,6 @@ class _CentredSquares(Function):
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_squares: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        constant = grad_mean / max(x.shape[-1], 1) - 2 * grad_squares * mean
+        constant = grad_mean / at_least_one(x.shape[-1]) - 2 * grad_squares * mean
         grad_x = torch.addcmul(constant.unsqueeze(-1), 2 * grad_squares.unsqueeze(-1), x)
         return grad_x.to(x.dtype)

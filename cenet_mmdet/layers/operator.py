@@ -16,4 +16,4 @@ def mix(ratio: Union[Tensor, float], whitening: Tensor, weights: Tensor) -> Tens
     Returns:
         The operator of every sample and group, (N, G, d, d).
     """
-    return ratio * whitening + torch.diag_embed((1 - ratio) * weights)
+    return torch.lerp(torch.diag_embed(weights), whitening, ratio)

@@ -27,10 +27,14 @@ class InstanceReweighting(nn.Sequential):
             layer.reset_parameters()
 
 
-def instance_scale(mean_variance: Tensor, eps: float) -> Tensor:
+def instance_scale(variance: Tensor, eps: float) -> Tensor:
     """s, the root mean square deviation over samples and channels (eq. 8): scalar.
 
     The mean variance is at least eps, so that constant input cannot make the
     weights F(v) / s infinite.
+
+    Args:
+        variance: mean of v_n over the samples, (G, d).
+        eps: a positive number.
     """
-    return mean_variance.clamp(min=eps).sqrt()
+    return variance.mean().clamp(min=eps).sqrt()

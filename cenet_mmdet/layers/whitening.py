@@ -5,15 +5,13 @@ Small algebra on d x d matrices; nothing here sees the feature map.
 import torch
 from torch import Tensor
 
-from .moments import BatchMoments
+from .moments import BatchMoments, at_least_one
 
 
 def covariance(batch: BatchMoments, eps: float) -> Tensor:
     """Biased covariance over all samples and pixels, plus eps * I: (G, d, d)."""
-    d = batch.scatter.shape[-1]
-    identity = torch.eye(d, dtype=batch.scatter.dtype, device=batch.scatter.device)
-    pixels = torch.as_tensor(batch.pixels).clamp(min=1)  # none: all ranks are empty
-    return batch.scatter / pixels + eps * identity
+    return torch.add(batch.scatter / at_least_one(batch.pixels), _identity(batch.scatter),
+                     alpha=eps)
 
 
 def newton_whitening(sigma: Tensor, num_iters: int) -> Tensor:
@@ -33,9 +31,13 @@ def newton_whitening(sigma: Tensor, num_iters: int) -> Tensor:
     """
     trace = sigma.diagonal(dim1=-2, dim2=-1).sum(-1)
     sigma_n = sigma / trace[..., None, None]
-    identity = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
-    p = 1.5 * identity - 0.5 * sigma_n  # P_1; P_0 = I needs no product
+    p = torch.sub(1.5 * _identity(sigma), sigma_n, alpha=0.5)  # P_1; P_0 = I needs no product
     for _ in range(num_iters - 1):
         # P_{k+1} = 1.5 P_k - 0.5 P_k^3 Sigma_N
         p = torch.baddbmm(p, p @ p, p @ sigma_n, beta=1.5, alpha=-0.5)
     return p
+
+
+def _identity(matrices: Tensor) -> Tensor:
+    """I, (d, d), for matrices (..., d, d)."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
