@@ -1,4 +1,5 @@
 """The CE-ResNet backbone: placement, freezing, loading, ResNet's own options."""
+import copy
 import logging
 
 import pytest
@@ -294,3 +295,14 @@ def test_registered_where_every_library_sees_it():
     assert MODELS.get('CE') is CE
     for scope in ('mmdet', ):
         assert MODELS.build(dict(type='CEResNet', depth=18, _scope_=scope, **SLIM))
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_torch_compile_without_graph_breaks(training):
+    """The whole backbone; tracing needs no compiler."""
+    plain = CEResNet(18, **SLIM)
+    plain.train(training)  # returns None in MMDetection
+    compiled = torch.compile(copy.deepcopy(plain), backend='aot_eager', fullgraph=True)
+    x = torch.randn(2, 3, 64, 64)
+    for ours, expected in zip(compiled(x), plain(x)):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

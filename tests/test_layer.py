@@ -1,4 +1,6 @@
 """Behaviour of the CE layer beyond parity: gradients, shapes, modes, bad input."""
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +192,12 @@ class TestShapes:
                  'sliced': torch.cat([x, x], -1)[..., :6]}[layout]
         torch.testing.assert_close(double(8)(other), double(8)(x))
 
+    def test_channels_last_stays_so_and_the_copy_is_told(self):
+        x = random_input(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+        with pytest.warns(UserWarning, match='channels_last input is copied'):
+            y = double(8)(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
 
 class TestDegenerateInput:
 
@@ -318,11 +326,35 @@ class TestModes:
         for clone in (copy.deepcopy(ce), pickle.loads(pickle.dumps(ce))):
             torch.testing.assert_close(clone(x), ce(x))
 
-    def test_torch_compile_without_graph_breaks(self):
-        """Traced whole; the eager backend shows that no compiler is needed for that."""
-        compiled = torch.compile(double(8), backend='eager', fullgraph=True)
-        x = random_input(2, 8, 4, 4)
-        torch.testing.assert_close(compiled(x), double(8)(x))
+    @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+    def test_torch_compile_without_graph_breaks(self, training):
+        """Traced whole, forward and backward; tracing needs no compiler."""
+        plain = double(8).train(training)
+        compiled = torch.compile(copy.deepcopy(plain), backend='aot_eager', fullgraph=True)
+        x, grad = random_input(2, 8, 4, 4), random_input(2, 8, 4, 4, seed=1)
+        results = []
+        for ce in (compiled, plain):
+            inputs = x.clone().requires_grad_()
+            y = ce(inputs)
+            results.append((y, *torch.autograd.grad(y, inputs, grad), *plain.buffers()))
+        torch.testing.assert_close(*results)
+
+    def test_torch_func_in_evaluation(self):
+        """Gradients of each sample's loss at once; training would have to write buffers."""
+        ce = double(8)
+        ce(random_input(4, 8, 5, 5))
+        ce.eval()
+        x = random_input(3, 1, 8, 4, 4, seed=1)
+
+        def loss(parameters, sample):
+            return torch.func.functional_call(ce, parameters, (sample, )).square().sum()
+
+        parameters = dict(ce.named_parameters())
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        torch.testing.assert_close(torch.func.vmap(ce)(x)[:, 0], ce(x[:, 0]))
+        for n, sample in enumerate(x):
+            expected = torch.autograd.grad(loss(parameters, sample), parameters.values())
+            torch.testing.assert_close([e[n] for e in each.values()], list(expected))
 
 
 class TestBadInput:

@@ -3,11 +3,14 @@
 
     python tools/benchmark.py layers --json layers.json --plot layers.png
     python tools/benchmark.py models configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
+    python tools/benchmark.py growth
 
 Everything is a ratio within one run: the candidates take turns, each turn gives a ratio
 to the first candidate, and the table has the median of these; their range is in the
 picture, or beside it, and all of them in the JSON file. `layers` uses the shapes of
-ResNet-50's three CE stages at 224 x 224 and at 800 x 1344.
+ResNet-50's three CE stages at 224 x 224 and at 800 x 1344. `growth` varies one number of
+a layer at a time, beside the least time that its bytes and multiply-adds need on this
+machine.
 """
 import argparse
 import json
@@ -31,8 +34,10 @@ def parse_args():
     models.add_argument('configs', nargs='+', help='the first is what the others are compared to')
     models.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
                         help='of the images (800 1344 for detectors, 224 224 for classifiers)')
+    growth = kinds.add_parser('growth', help='CE by channels, group size, pixels and images')
     for kind in (layers, models):
         kind.add_argument('--images', type=int, default=2, help='in a step (%(default)s)')
+    for kind in (layers, models, growth):
         kind.add_argument('--repeats', type=int, default=5,
                           help='timed turns, after one that is not (%(default)s)')
         kind.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
@@ -91,17 +96,19 @@ def plain_ce(ce, x):
     return ratio * decorrelated + (1 - ratio) * weights[..., None, None] * x
 
 
-def layer_candidates(shape, images, device, training):
+def layer_candidates(shape, images, device, training, group_size=16):
     """Forward (and backward, in training) of each layer on one feature map."""
     import torch
+    from mmdet.models.layers import SELayer
     from torch import nn
 
     from cenet_mmdet import CE, IterNorm
     from cenet_mmdet.layers.batch_norm import norm_then_ce
 
     channels = shape[0]
-    norm, ce, whitening = (layer.to(device).train(training) for layer in (
-        nn.BatchNorm2d(channels), CE(channels), IterNorm(channels, group_size=16)))
+    norm, ce, whitening, excitation = (layer.to(device).train(training) for layer in (
+        nn.BatchNorm2d(channels), CE(channels, group_size=group_size),
+        IterNorm(channels, group_size=16), SELayer(channels)))
     x = torch.randn(images, *shape, device=device, requires_grad=training)
     grad = torch.randn_like(x)
 
@@ -116,7 +123,7 @@ def layer_candidates(shape, images, device, training):
 
     functions = {'BN': norm, 'CE': ce, 'CE, plain': lambda x: plain_ce(ce, x),
                  'BN + CE': lambda x: norm_then_ce(norm, ce, x),
-                 'BN, then CE': lambda x: ce(norm(x)), 'IterNorm': whitening}
+                 'BN, then CE': lambda x: ce(norm(x)), 'IterNorm': whitening, 'SE': excitation}
     return {name: run(function) for name, function in functions.items()}
 
 
@@ -165,12 +172,73 @@ def draw_layers(results, path):
             axis.errorbar(range(len(shapes)), middle, spread, marker='o', capsize=3, label=name)
         axis.set(title=mode, yscale='log', ylabel='time / batch norm')
         axis.set_xticks(range(len(shapes)), shapes, rotation=20)
-        axis.set_yticks([1, 2, 3, 5, 10, 20, 40], [1, 2, 3, 5, 10, 20, 40])
+        ticks = [1, 2, 3, 5, 10, 20, 40, 80, 160]
+        axis.set_yticks(ticks, ticks)
         axis.minorticks_off()
         axis.grid(alpha=.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def measure_growth(arguments):
+    """Seconds of a training step of CE and of batch norm, by what is varied."""
+    from rich.progress import track
+
+    start = {'channels': 256, 'group size': 16, 'height, width': 56, 'images': 2}
+    varied = {'channels': (64, 256, 1024), 'group size': (4, 16, 64, 256),
+              'height, width': (14, 56, 224), 'images': (1, 2, 8)}
+    cases = [(what, {**start, what: value}) for what, values in varied.items() for value in values]
+    bytes_a_second, products_a_second = machine_limits(arguments.device)
+    rows = []
+    for what, case in track(cases, 'growth'):
+        side = case['height, width']
+        shape = (case['channels'], side, side)
+        candidates = layer_candidates(shape, case['images'], arguments.device, True,
+                                      case['group size'])
+        seconds = take_turns({name: candidates[name] for name in ('BN', 'CE')}, arguments.repeats)
+        elements = case['images'] * case['channels'] * side ** 2
+        # Moments, operator, and two and three products in the backward pass; x is read by
+        # all of them, its gradient and the output's as well, and two maps are written.
+        products, moved = 5 * case['group size'] * elements, 4 * 8 * elements
+        rows.append(dict(varied=what, value=case[what], ratio=ratios(seconds)['CE'],
+                         seconds=statistics.median(seconds['CE']),
+                         by_bytes=moved / bytes_a_second, by_products=products / products_a_second,
+                         bytes_a_collective=collective_bytes(case)))
+    return rows
+
+
+def machine_limits(device):
+    """Bytes a second that a copy moves, and multiply-adds a second of a large product."""
+    import torch
+
+    source, matrix = torch.zeros(1 << 26, device=device), torch.zeros(2048, 2048, device=device)
+    target, product = torch.zeros_like(source), torch.zeros_like(matrix)
+    seconds = take_turns({'copy': lambda: target.copy_(source),
+                          'product': lambda: torch.mm(matrix, matrix, out=product)}, 5)
+    return 8 * source.numel() / min(seconds['copy']), 2048 ** 3 / min(seconds['product'])
+
+
+def collective_bytes(case):
+    """What SyncCE sends: two counts, means, upper triangles and variances, in float64."""
+    channels, d = case['channels'], case['group size']
+    return 8 * (2 + 2 * channels + channels * (d + 1) // 2)
+
+
+def show_growth(rows):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title='training step of CE; 256 x 56 x 56, groups of 16, 2 images, but for')
+    for column in ('', '', 'CE / BN', 'least time by bytes', 'by multiply-adds',
+                   'KB a collective'):
+        table.add_column(column, justify='right')
+    for row in rows:
+        table.add_row(row['varied'], str(row['value']), f"{statistics.median(row['ratio']):.2f}",
+                      *(f"{row[limit] / row['seconds']:.2f} of measured"
+                        for limit in ('by_bytes', 'by_products')),
+                      f"{row['bytes_a_collective'] / 1024:.1f}")
+    Console(soft_wrap=True).print(table)
 
 
 def model_data(model, images, size, device):
@@ -245,6 +313,9 @@ def main():
     if arguments.kind == 'layers':
         results = measure_layers(arguments)
         show_layers(results, arguments.plot)
+    elif arguments.kind == 'growth':
+        results = measure_growth(arguments)
+        show_growth(results)
     else:
         results = measure_models(arguments)
         show_models(results)

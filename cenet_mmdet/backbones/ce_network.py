@@ -2,6 +2,7 @@
 import logging
 from typing import Iterator, List, Tuple
 
+import torch
 from mmengine.logging import print_log
 from torch import nn
 
@@ -51,7 +52,8 @@ class CENetwork(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x):
-        if not self._statistics_checked:
+        # Whether statistics are set is a question to the data, on which a compiler breaks.
+        if not self._statistics_checked and not torch.compiler.is_compiling():
             self._before_first_forward()
             self._statistics_checked = True
         return super().forward(x)

@@ -1,7 +1,7 @@
 """ResNet with Channel Equilibrium layers; everything else is MMDetection's ResNet."""
 import logging
 from collections import Counter
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence, Union
 
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmengine.logging import print_log
@@ -37,8 +37,8 @@ class CEBasicBlock(BasicBlock):
         self.register_module('ce', None)
 
     @property
-    def norm2(self) -> nn.Module:
-        return _norm_then_ce(super().norm2, self.ce)
+    def norm2(self):
+        return _norm_then_ce(self, 'norm2', self.ce)
 
 
 class CEBottleneck(Bottleneck):
@@ -51,12 +51,12 @@ class CEBottleneck(Bottleneck):
         self.ce_norm = self.last_norm
 
     @property
-    def norm2(self) -> nn.Module:
-        return _norm_then_ce(super().norm2, self.ce if self.ce_norm == 'norm2' else None)
+    def norm2(self):
+        return _norm_then_ce(self, 'norm2', self.ce if self.ce_norm == 'norm2' else None)
 
     @property
-    def norm3(self) -> nn.Module:
-        return _norm_then_ce(super().norm3, self.ce if self.ce_norm == 'norm3' else None)
+    def norm3(self):
+        return _norm_then_ce(self, 'norm3', self.ce if self.ce_norm == 'norm3' else None)
 
 
 @MODELS.register_module()
@@ -123,8 +123,8 @@ class CEResNet(CENetwork, ResNet):
         self._freeze_stages()  # once more, for the layers just added
 
     @property
-    def norm1(self) -> nn.Module:
-        return _norm_then_ce(super().norm1, self._modules.get('ce1'))
+    def norm1(self):
+        return _norm_then_ce(self, 'norm1', self._modules.get('ce1'))
 
     def _add_stem_ce(self) -> None:
         ce = build_layer({**self.ce_cfg, 'group_size': STEM_GROUP_SIZE}, self.stem_channels)
@@ -191,15 +191,31 @@ class CEResNet(CENetwork, ResNet):
         return (0 if stage == 'stem' else int(stage[len('layer'):])) <= self.frozen_stages
 
 
-class _NormThenCE(nn.Sequential):
-    """What ResNet's forward and freezing see as the norm; it is registered nowhere."""
+class _NormThenCE:
+    """What ResNet's forward and freezing see as the norm.
 
-    def forward(self, z):
-        norm, ce = self
-        return norm_then_ce(norm, ce, z)
+    No module, since it is made anew each time: the two may be replaced, and compilers
+    do not trace how modules are made.
+    """
+
+    def __init__(self, norm: nn.Module, ce: nn.Module) -> None:
+        self.norm, self.ce = norm, ce
+
+    def __call__(self, z):
+        return norm_then_ce(self.norm, self.ce, z)
+
+    def eval(self) -> None:
+        self.norm.eval()
+        self.ce.eval()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.norm.parameters()
+        yield from self.ce.parameters()
 
 
-def _norm_then_ce(norm: nn.Module, ce: Optional[nn.Module]) -> nn.Module:
+def _norm_then_ce(owner: nn.Module, norm_name: str,
+                  ce: Optional[nn.Module]) -> Union[nn.Module, _NormThenCE]:
+    norm = getattr(owner, getattr(owner, f'{norm_name}_name'))
     return norm if ce is None else _NormThenCE(norm, ce)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .apply import apply_operator, apply_weights
 from .batch_norm import Affine, affine_of, synchronizes
 from .checks import check_eps_and_momentum, check_integers
+from .grouping import grouped, ungrouped
 from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype, track
 from .operator import mix
 from .released import rename_released_keys
@@ -170,17 +171,12 @@ class CE(nn.Module):
         # The operator's algebra must not run in half precision, and the output
         # keeps the input's type.
         with torch.autocast(x.device.type, enabled=False):
-            # The pixels are counted because -1 is ambiguous for an empty batch.
-            grouped = x.contiguous().view(len(x), self.num_groups, self.group_size,
-                                          x.shape[2:].numel())
-            if self._takes_statistics_from(grouped):
-                grouped, statistics, affine = self._batch_statistics(grouped, norm)
+            maps = grouped(x, self.num_groups)
+            if self._takes_statistics_from(maps):
+                maps, statistics, affine = self._batch_statistics(maps, norm)
             else:
-                statistics, affine = self._running_statistics(grouped, norm)
-            out = self._equilibrate(grouped, *statistics, affine)
-            # The product is new, so its other shape need not be a view: residual blocks
-            # add to it in place, which autograd handles at a cost, or not at all, in views.
-            return torch.ops.aten._unsafe_view(out, x.shape)
+                statistics, affine = self._running_statistics(maps, norm)
+            return ungrouped(self._equilibrate(maps, *statistics, affine), like=x)
 
     def _takes_statistics_from(self, x: Tensor) -> bool:
         """Whether to use the statistics of this batch; an empty one has none."""

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from .apply import apply_operator
 from .ce import fitting_group_size
 from .checks import check_eps_and_momentum, check_integers
+from .grouping import grouped, ungrouped
 from .moments import moments, pool, statistics_dtype
 from .whitening import covariance, newton_whitening
 
@@ -84,14 +85,12 @@ class _WhiteningNorm(nn.Module):
                              f'training, got {tuple(x.shape)}; use a larger batch or eval()')
         # As in CE: no algebra in half precision, and the output keeps the input's type.
         with torch.autocast(x.device.type, enabled=False):
-            grouped = x.contiguous().view(len(x), self.num_groups, self.group_size,
-                                          x.shape[2:].numel())
+            maps = grouped(x, self.num_groups)
             if self.training and x.numel() > 0:
-                grouped, mean, whitening = self._batch_statistics(grouped)
+                maps, mean, whitening = self._batch_statistics(maps)
             else:
-                mean, whitening = self._running_statistics(grouped)
-            out = self._normalize(grouped, mean, whitening)
-            return torch.ops.aten._unsafe_view(out, x.shape)  # as in CE
+                mean, whitening = self._running_statistics(maps)
+            return ungrouped(self._normalize(maps, mean, whitening), like=x)
 
     def _batch_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """x (see `moments`); mean (G, d) and W (G, d, d) of this batch, which are tracked."""

@@ -122,6 +122,7 @@ def _rows_in_cache(x: Tensor) -> int:
 
 class _CentredScatter(Function):
     """x (B, d, L) -> mean (B, d), scatter (B, d, d), by one batched product; and x."""
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +160,7 @@ class _CentredScatter(Function):
 
 class _CentredSquares(Function):
     """x (..., L) -> mean (...), sum over the pixels of (x - mean)^2 (...)."""
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
