@@ -3,12 +3,14 @@
 
     python tools/benchmark.py layers --json layers.json --plot layers.png
     python tools/benchmark.py models configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
+    python tools/benchmark.py inference configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
     python tools/benchmark.py growth
 
 Everything is a ratio within one run: the candidates take turns, each turn gives a ratio
 to the first candidate, and the table has the median of these; their range is in the
 picture, or beside it, and all of them in the JSON file. `layers` uses the shapes of
-ResNet-50's three CE stages at 224 x 224 and at 800 x 1344. `growth` varies one number of
+ResNet-50's three CE stages at 224 x 224 and at 800 x 1344. `inference` compares models as
+they are and with their norms and CE folded (`fuse_ce`). `growth` varies one number of
 a layer at a time, beside the least time that its bytes and multiply-adds need on this
 machine.
 """
@@ -31,13 +33,17 @@ def parse_args():
     layers = kinds.add_parser('layers', help='CE, BN + CE, IterNorm, against batch norm')
     layers.add_argument('--plot', type=Path, metavar='PNG', help='draw the ratios')
     models = kinds.add_parser('models', help='training steps of detectors or classifiers')
-    models.add_argument('configs', nargs='+', help='the first is what the others are compared to')
-    models.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
-                        help='of the images (800 1344 for detectors, 224 224 for classifiers)')
+    inference = kinds.add_parser('inference', help='evaluation of models, folded or not')
+    inference.add_argument('--backbone', action='store_true', help='only that')
+    for kind in (models, inference):
+        kind.add_argument('configs', nargs='+',
+                          help='the first is what the others are compared to')
+        kind.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
+                          help='of the images (800 1344 for detectors, 224 224 for classifiers)')
     growth = kinds.add_parser('growth', help='CE by channels, group size, pixels and images')
-    for kind in (layers, models):
+    for kind in (layers, models, inference):
         kind.add_argument('--images', type=int, default=2, help='in a step (%(default)s)')
-    for kind in (layers, models, growth):
+    for kind in (layers, models, inference, growth):
         kind.add_argument('--repeats', type=int, default=5,
                           help='timed turns, after one that is not (%(default)s)')
         kind.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
@@ -292,6 +298,59 @@ def measure_models(arguments):
     return dict(time=ratios(take_turns(steps, arguments.repeats)), kept_bytes=kept)
 
 
+def measure_inference(arguments):
+    """Ratios of evaluation to that of the first model folded."""
+    import copy
+
+    import torch
+    from _mmdet import build_model
+
+    from cenet_mmdet import CE
+    from cenet_mmdet.deploy import fuse_ce
+
+    torch.manual_seed(0)
+    runs = {}
+    for path in arguments.configs:
+        model = build_model(path).to(arguments.device)
+        model.eval()
+        for ce in model.modules():
+            if isinstance(ce, CE):
+                ce.num_batches_tracked.fill_(1)  # what the statistics are takes no time
+        for name, candidate in ((f'{Path(path).stem}, folded', fuse_ce(copy.deepcopy(model))),
+                                (Path(path).stem, model)):
+            runs[name] = evaluation(candidate, arguments)
+    return ratios(take_turns(runs, arguments.repeats))
+
+
+def evaluation(model, arguments):
+    """A function that evaluates the model, or its backbone, on generated images."""
+    import torch
+
+    data = model_data(model, arguments.images, arguments.size, arguments.device)
+    inputs = model.data_preprocessor(data, False)['inputs']
+
+    @torch.inference_mode()
+    def run():
+        if arguments.backbone:
+            model.backbone(inputs)
+        else:
+            model.test_step(data)
+    return run
+
+
+def show_inference(results):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title='evaluation, in units of the first row')
+    for column in ('model', 'time', 'from', 'to'):
+        table.add_column(column, justify='left' if column == 'model' else 'right')
+    for name, values in results.items():
+        table.add_row(name, *(f'{v:.2f}' for v in (statistics.median(values), values[0],
+                                                   values[-1])))
+    Console(soft_wrap=True).print(table)
+
+
 def show_models(results):
     from rich.console import Console
     from rich.table import Table
@@ -313,6 +372,9 @@ def main():
     if arguments.kind == 'layers':
         results = measure_layers(arguments)
         show_layers(results, arguments.plot)
+    elif arguments.kind == 'inference':
+        results = measure_inference(arguments)
+        show_inference(results)
     elif arguments.kind == 'growth':
         results = measure_growth(arguments)
         show_growth(results)

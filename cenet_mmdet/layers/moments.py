@@ -114,10 +114,30 @@ def _mean(x: Tensor) -> Tensor:
 
 def _rows_in_cache(x: Tensor) -> int:
     """How many rows of x (B, ..., L) to work on at a time; on a GPU all of them."""
+    return _share(x, len(x))
+
+
+def _pixels_in_cache(x: Tensor) -> int:
+    """How many pixels of x (B, ..., L) to work on at a time; on a GPU all of them."""
+    return _share(x, x.shape[-1])
+
+
+def _share(x: Tensor, length: int) -> int:
+    """How much of a dimension of this length leaves a piece of x that fits the cache."""
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return at_least_one(len(x))
-    row = x[:1].numel() * statistics_dtype(x.dtype).itemsize
-    return at_least_one(CACHE // at_least_one(row))
+        return at_least_one(length)
+    size = x.numel() * statistics_dtype(x.dtype).itemsize
+    return at_least_one(length * CACHE // at_least_one(size))
+
+
+def _scatter(x: Tensor, mean: Tensor) -> Tensor:
+    """Sum over the pixels of (x - mean)(x - mean)^T, (B, d, d), in pieces of pixels too."""
+    total = None
+    for pixels in x.split(_pixels_in_cache(x), dim=-1):
+        centred = pixels - mean.unsqueeze(-1)
+        product = centred @ centred.mT
+        total = product if total is None else total.add_(product)
+    return total
 
 
 class _CentredScatter(Function):
@@ -129,8 +149,7 @@ class _CentredScatter(Function):
         parts = []
         for rows in x.split(_rows_in_cache(x)):
             mean = _mean(rows)
-            centred = rows - mean.unsqueeze(-1)
-            parts.append((mean, centred @ centred.mT))
+            parts.append((mean, _scatter(rows, mean)))
         mean, scatter = (torch.cat(part) for part in zip(*parts))
         return mean, scatter, x.view_as(x)
 
