@@ -1,4 +1,5 @@
 """The feature map as the steps see it: (N, C, ...) <-> (N, G, d, L)."""
+import math
 import warnings
 
 import torch
@@ -14,8 +15,9 @@ def grouped(x: Tensor, groups: int) -> Tensor:
     if not x.is_contiguous():
         _warn_of_copy(x)
         x = x.contiguous()
-    # The pixels are counted because -1 is ambiguous for an empty batch.
-    return x.view(len(x), groups, x.shape[1] // groups, x.shape[2:].numel())
+    # The pixels are counted because -1 is ambiguous for an empty batch; by prod, for which
+    # exported programs keep them variable.
+    return x.view(len(x), groups, x.shape[1] // groups, math.prod(x.shape[2:]))
 
 
 def ungrouped(out: Tensor, like: Tensor) -> Tensor:

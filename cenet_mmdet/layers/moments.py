@@ -112,28 +112,24 @@ def _mean(x: Tensor) -> Tensor:
     return x.sum(-1, dtype=statistics_dtype(x.dtype)) / at_least_one(x.shape[-1])
 
 
-def _rows_in_cache(x: Tensor) -> int:
-    """How many rows of x (B, ..., L) to work on at a time; on a GPU all of them."""
-    return _share(x, len(x))
+def _pieces(x: Tensor, dim: int) -> Tuple[Tensor, ...]:
+    """x cut along `dim` into pieces that fit the cache of a CPU."""
+    length = _piece(x, dim)
+    return x.split(length, dim) if length else (x, )
 
 
-def _pixels_in_cache(x: Tensor) -> int:
-    """How many pixels of x (B, ..., L) to work on at a time; on a GPU all of them."""
-    return _share(x, x.shape[-1])
-
-
-def _share(x: Tensor, length: int) -> int:
-    """How much of a dimension of this length leaves a piece of x that fits the cache."""
+def _piece(x: Tensor, dim: int) -> Optional[int]:
+    """Length of such pieces along `dim`; None on a GPU and for compilers, to leave x whole."""
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return at_least_one(length)
+        return None
     size = x.numel() * statistics_dtype(x.dtype).itemsize
-    return at_least_one(length * CACHE // at_least_one(size))
+    return at_least_one(x.shape[dim] * CACHE // at_least_one(size))
 
 
 def _scatter(x: Tensor, mean: Tensor) -> Tensor:
     """Sum over the pixels of (x - mean)(x - mean)^T, (B, d, d), in pieces of pixels too."""
     total = None
-    for pixels in x.split(_pixels_in_cache(x), dim=-1):
+    for pixels in _pieces(x, dim=-1):
         centred = pixels - mean.unsqueeze(-1)
         product = centred @ centred.mT
         total = product if total is None else total.add_(product)
@@ -147,7 +143,7 @@ class _CentredScatter(Function):
     @staticmethod
     def forward(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         parts = []
-        for rows in x.split(_rows_in_cache(x)):
+        for rows in _pieces(x, dim=0):
             mean = _mean(rows)
             parts.append((mean, _scatter(rows, mean)))
         mean, scatter = (torch.cat(part) for part in zip(*parts))
@@ -168,7 +164,7 @@ class _CentredScatter(Function):
         if torch.is_grad_enabled():  # for a second derivative
             return grad_x + torch.baddbmm(constant, symmetric, x.to(symmetric.dtype)).to(x.dtype)
         # grad_x was made for this by step 4, and nobody else has it.
-        step = _rows_in_cache(x)
+        step = _piece(x, dim=0) or at_least_one(len(x))
         for total, s, c, rows in zip(*(t.split(step) for t in (grad_x, symmetric, constant, x))):
             if total.dtype == s.dtype:
                 total.baddbmm_(s, rows).add_(c)
@@ -184,7 +180,7 @@ class _CentredSquares(Function):
     @staticmethod
     def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
         parts = []
-        for rows in x.split(_rows_in_cache(x)):
+        for rows in _pieces(x, dim=0):
             mean = _mean(rows)
             # A norm is one pass; torch.var over the pixels is several times slower on CPU.
             deviation = torch.linalg.vector_norm(rows - mean.unsqueeze(-1), dim=-1)
