@@ -22,8 +22,10 @@ setup(
         'tools': ['matplotlib', 'pycocotools', 'rich'],
         # classifiers; its own dependencies leave torch and mmcv alone as well
         'pretrain': ['onedl-mmpretrain>=1.3.6'],
-        'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'pre-commit>=3.5',
-                'psutil', 'pytest>=8', 'ruff==0.17.6'],
+        # tools/deploy.py --onnx
+        'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
+        'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'onnx', 'onnxruntime',
+                'onnxscript', 'pre-commit>=3.5', 'psutil', 'pytest>=8', 'ruff==0.17.6'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Fold a trained model's batch norms and CE layers for inference; check, and export it.
+
+    python tools/deploy.py configs/mask_rcnn_ce_r50.py work_dirs/mask_rcnn_ce_r50/epoch_24.pth
+    python tools/deploy.py CONFIG CHECKPOINT --onnx dense.onnx
+
+Compares the folded model with the trained one on generated images: the largest deviation
+of all outputs of backbone, neck and dense head, and the time. --onnx writes these parts
+with variable height and width, and runs the file in onnxruntime on three sizes.
+"""
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+STRIDE = 32
+BOUND = 1e-3  # relative to an output's largest value; beyond it nothing is written
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--onnx', type=Path, metavar='FILE', help='write the folded dense part')
+    parser.add_argument('--size', type=int, nargs=2, default=(800, 1344),
+                        metavar=('HEIGHT', 'WIDTH'), help='of the images compared (800 1344)')
+    arguments = parser.parse_args()
+    if any(size < STRIDE or size % STRIDE for size in arguments.size):
+        parser.error(f'--size must be two multiples of {STRIDE}, got {arguments.size}')
+    return arguments
+
+
+def load_model(config, checkpoint):
+    """The config's model with the checkpoint's weights, in evaluation mode."""
+    from _mmdet import build_model
+    from mmengine.runner.checkpoint import load_checkpoint
+
+    from cenet_mmdet.checkpoints import CheckpointError
+
+    if not Path(checkpoint).is_file():
+        sys.exit(f'checkpoint not found: {checkpoint}')
+    model = build_model(config)
+    try:
+        load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
+    except (CheckpointError, RuntimeError, KeyError) as error:
+        sys.exit(f'{checkpoint} does not fit {config}: {error}')
+    model.eval()
+    return model
+
+
+def seconds(function, repeats=3):
+    """The best of a few runs after one that is not timed."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def deviation(ours, expected):
+    """Largest difference of any output, relative to that output's largest value."""
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, expected))
+
+
+def compare(model, folded, images):
+    """Print what folding changed; exit if that is more than rounding."""
+    import torch
+
+    from cenet_mmdet import CE
+    from cenet_mmdet.deploy.export import DensePart
+
+    dense, folded_dense = DensePart(model).eval(), DensePart(folded).eval()
+    with torch.inference_mode():
+        error = deviation(folded_dense(images), dense(images))
+        ratio = seconds(lambda: folded_dense(images)) / seconds(lambda: dense(images))
+    layers = sum(isinstance(module, CE) for module in model.modules())
+    height, width = images.shape[2:]
+    print(f'{layers} CE layers folded; at {height} x {width} the outputs deviate by at most '
+          f'{error:.1e} of their largest value, in {ratio:.2f} of the time')
+    if not error < BOUND:
+        sys.exit(f'that is more than rounding ({BOUND}): nothing is written. Please report the '
+                 'model; a layer may be used in another order than its block names them.')
+
+
+def export(folded, path, images):
+    import numpy as np
+    import torch
+
+    from cenet_mmdet.deploy.export import DensePart, export_onnx
+
+    try:
+        names = export_onnx(folded, path, images)
+    except ImportError as error:
+        sys.exit(str(error))
+    print(f'{path}: {", ".join(names)}')
+    try:
+        import onnxruntime
+    except ImportError:
+        print('not run: onnxruntime is not installed (pip install onnxruntime)')
+        return
+    session = onnxruntime.InferenceSession(str(path))
+    dense = DensePart(folded).eval()
+    height, width = images.shape[2:]
+    for size in ((height, width), (2 * STRIDE, 3 * STRIDE), (width, height)):
+        image = torch.randn(1, 3, *size)
+        outputs = session.run(None, {'images': np.asarray(image)})
+        with torch.inference_mode():
+            error = deviation([torch.from_numpy(o) for o in outputs], dense(image))
+        print(f'onnxruntime at {size[0]} x {size[1]}: within {error:.1e}')
+        if not error < BOUND:
+            path.unlink()
+            sys.exit(f'that is more than rounding ({BOUND}): {path} is removed')
+
+
+def main():
+    arguments = parse_args()
+    import torch
+
+    from cenet_mmdet.deploy import fuse_ce
+
+    model = load_model(arguments.config, arguments.checkpoint)
+    try:
+        folded = fuse_ce(copy.deepcopy(model))
+    except ValueError as error:
+        sys.exit(str(error))
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, *arguments.size)
+    compare(model, folded, images)
+    if arguments.onnx:
+        export(folded, arguments.onnx, images)
+
+
+if __name__ == '__main__':
+    main()
