@@ -60,7 +60,8 @@ class CEConv2d(nn.Module):
         super().__init__()
         self.conv = conv
         self.ce = ce
-        self.bd_share = torch.as_tensor(ce.ratio(torch.float64), dtype=torch.float64).item()  # lambda
+        ratio = ce.ratio(torch.float64)
+        self.bd_share = ratio.item() if isinstance(ratio, Tensor) else ratio  # lambda
         weight, bias = _decorrelated(conv, ce) if ce.has_bd else (
             torch.zeros_like(conv.weight.flatten(1)), torch.zeros_like(conv.bias))
         self.register_buffer('bd_weight', self.bd_share * weight, persistent=False)  # W1
