@@ -1,6 +1,6 @@
 """Channel Equilibrium networks for MMDetection.
 
-Importing the package registers the layers, norms, backbones and a hook in MMEngine's root
+Importing the package registers the layers, norms, backbones and hooks in MMEngine's root
 registries, which every OpenMMLab library sees, as far as what they need is installed:
 
     custom_imports = dict(imports=['cenet_mmdet'])
@@ -19,11 +19,12 @@ __all__ = ['CE', 'DBN', 'IterNorm', 'SyncCE', 'insert_ce']
 if find_spec('mmengine'):
     from mmengine.registry import MODELS
 
+    from .health import ChannelHealthHook
     from .resume import ExactResumeHook
 
     MODELS.register_module(module=CE)
     MODELS.register_module(module=SyncCE)
-    __all__ += ['ExactResumeHook']
+    __all__ += ['ChannelHealthHook', 'ExactResumeHook']
 
 if find_spec('mmcv'):
     from .norms import CEBN, CEGN, CEIN, CESyncBN

@@ -39,6 +39,21 @@ def build_model(path):
     return model
 
 
+def load_model(config, checkpoint):
+    """The config's model with all its weights from the checkpoint, in evaluation mode."""
+    from mmengine.runner.checkpoint import load_checkpoint
+
+    if not Path(checkpoint).is_file():
+        sys.exit(f'checkpoint not found: {checkpoint}')
+    model = build_model(config)
+    try:
+        load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
+    except (CheckpointError, RuntimeError, KeyError) as error:
+        sys.exit(f'{checkpoint} does not fit {config}: {error}')
+    model.eval()
+    return model
+
+
 def check_files(splits, positional=('config', )):
     """The command line's config, or an exit with a line for each missing file it names.
 

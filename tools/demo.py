@@ -6,11 +6,14 @@
 
 Trains configs/demo/mask_rcnn_ce_r18_shapes.py, a slim CE-ResNet-18 Mask R-CNN,
 from scratch on generated shapes, and leaves in the work dir a checkpoint,
-curves.png and pictures/ with ground truth beside prediction.
+curves.png, pictures/ with ground truth beside prediction, and in channels/ a
+report on the network's channels.
 """
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -104,6 +107,15 @@ def draw_pictures(runner, folder):
     mmcv.imwrite(np.vstack(rows), str(folder.with_suffix('.png')))
 
 
+def report_channels(runner, work_dir):
+    """What tools/analyze_channels.py says of the model, in a process of its own."""
+    checkpoint = work_dir / f'epoch_{runner.max_epochs}.pth'
+    command = [sys.executable, str(ROOT / 'tools' / 'analyze_channels.py'), str(CONFIG),
+               str(checkpoint), '--out', str(work_dir / 'channels'), '--images', '48']
+    if subprocess.run(command).returncode:
+        sys.exit(f'the report on the channels failed: {" ".join(command)}')
+
+
 def print_summary(runner, results, seconds, work_dir):
     from rich.console import Console
     from rich.table import Table
@@ -123,6 +135,7 @@ def print_summary(runner, results, seconds, work_dir):
                   f'training curves  {work_dir}/curves.png\n'
                   f'pictures         {work_dir}/pictures.png (ground truth left, prediction '
                   f'right; one by one in {work_dir}/pictures/)\n'
+                  f'channels         {work_dir}/channels/report.html\n'
                   f'log              {runner.log_dir}', highlight=False)
 
 
@@ -139,6 +152,7 @@ def main():
     work_dir = arguments.work_dir.absolute()
     draw_curves(losses, results, work_dir / 'curves.png')
     draw_pictures(runner, work_dir / 'pictures')
+    report_channels(runner, work_dir)
     print_summary(runner, results, time.time() - start, work_dir)
 
 

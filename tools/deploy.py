@@ -32,24 +32,6 @@ def parse_args():
     return arguments
 
 
-def load_model(config, checkpoint):
-    """The config's model with the checkpoint's weights, in evaluation mode."""
-    from _mmdet import build_model
-    from mmengine.runner.checkpoint import load_checkpoint
-
-    from cenet_mmdet.checkpoints import CheckpointError
-
-    if not Path(checkpoint).is_file():
-        sys.exit(f'checkpoint not found: {checkpoint}')
-    model = build_model(config)
-    try:
-        load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
-    except (CheckpointError, RuntimeError, KeyError) as error:
-        sys.exit(f'{checkpoint} does not fit {config}: {error}')
-    model.eval()
-    return model
-
-
 def seconds(function, repeats=3):
     """The best of a few runs after one that is not timed."""
     times = []
@@ -118,6 +100,7 @@ def export(folded, path, images):
 def main():
     arguments = parse_args()
     import torch
+    from _mmdet import load_model
 
     from cenet_mmdet.deploy import fuse_ce
 

@@ -83,3 +83,7 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(interval=max_epochs))
+custom_hooks = [
+    dict(type='ExactResumeHook'),
+    dict(type='ChannelHealthHook', interval=50),
+]

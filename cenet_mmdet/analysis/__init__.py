@@ -1,0 +1,25 @@
+"""Measurements of the paper's figures, on any network, with CE and without.
+
+| Figure | Measurement |
+|---|---|
+| 1a, 1b, 4d: inhibited channels | `ChannelMagnitudes` |
+| Remark 1 and Proposition 1: gamma | `gammas`, `GammaGrowth`, `norm_ce_pairs` |
+| 3: magnitude of features | `feature_magnitude` |
+| 5: correlations | `ChannelCorrelations` |
+| 1c, 4c: cumulative ablation | `ablation_curve`, `zero_channels` |
+| what CE learned | `lambdas`, `spectra`, `ReweightingSpread` |
+
+Those that are classes gather while the model runs, in a `with` statement: see `Collector`.
+"""
+from .ablation import ablation_curve, zero_channels
+from .channels import ChannelMagnitudes, InhibitedChannels, feature_magnitude
+from .collector import Collector
+from .correlation import ChannelCorrelations, Correlation
+from .gamma import Gamma, GammaGrowth, Growth, gammas
+from .operators import ReweightingSpread, Spectrum, Spread, lambdas, spectra
+from .pairs import norm_ce_pairs
+
+__all__ = ['ChannelCorrelations', 'ChannelMagnitudes', 'Collector', 'Correlation', 'Gamma',
+           'GammaGrowth', 'Growth', 'InhibitedChannels', 'ReweightingSpread', 'Spectrum',
+           'Spread', 'ablation_curve', 'feature_magnitude', 'gammas', 'lambdas',
+           'norm_ce_pairs', 'spectra', 'zero_channels']

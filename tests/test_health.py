@@ -1,0 +1,102 @@
+"""ChannelHealthHook in real runs, on a network whose channels are known."""
+import json
+
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+
+from cenet_mmdet import CE, ChannelHealthHook
+
+
+class Backbone(nn.Module):
+    """Of the first stage's 8 channels 6 are silent; the second stage has two equal channels."""
+
+    def __init__(self, ce=True):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8),
+                                    CE(8, freeze='adaptive') if ce else nn.Identity(), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(8, 2, 1), nn.ReLU())
+        nn.init.zeros_(self.layer1[1].weight)
+        nn.init.zeros_(self.layer1[1].bias)
+        self.layer1[1].weight.data[:2] = 1
+        self.layer2[0].weight.data[1] = self.layer2[0].weight.data[0].abs()
+        self.layer2[0].weight.data[0] = self.layer2[0].weight.data[1]
+        nn.init.ones_(self.layer2[0].bias)
+
+    def forward(self, x):
+        return self.layer2(self.layer1(x))
+
+
+class Model(BaseModel):
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.backbone = Backbone(**kwargs)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=0 * self.backbone(inputs).sum())
+
+
+def train(folder, model, iterations=7, **hook):
+    """Scalars of the run's JSON log that are the hook's, and the text log."""
+    images = [dict(inputs=torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)))
+              for i in range(4)]
+    runner = Runner(
+        model, str(folder), dict(batch_size=2, num_workers=0, dataset=images,
+                                 collate_fn=dict(type='default_collate'),
+                                 sampler=dict(type='DefaultSampler', shuffle=False)),
+        train_cfg=dict(by_epoch=False, max_iters=iterations),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.)),
+        custom_hooks=[dict(type='ChannelHealthHook', **hook)],
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+        experiment_name=f'health{id(folder)}')
+    runner.train()
+    path, = folder.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    log, = folder.glob('*/*.log')
+    return [line for line in lines if 'inhibited/layer1' in line], log.read_text()
+
+
+def test_logs_what_is_known_every_interval(tmp_path):
+    records, log = train(tmp_path, Model(), interval=3, alarm=0.7)
+    assert [record['step'] for record in records] == [3, 6]
+    for record in records:
+        assert record['inhibited/layer1'] == 0.75
+        assert record['inhibited/layer2'] == 0
+        assert record['correlation/layer2'] == pytest.approx(1, abs=1e-3)
+        assert record['lambda/layer1'] == 0.5
+    assert log.count('75 % of the channels behind layer1.3 are inhibited') == 1
+
+
+def test_networks_without_ce_have_no_lambda(tmp_path):
+    records, log = train(tmp_path, Model(ce=False), interval=7, alarm=0.8)
+    assert [record['step'] for record in records] == [7]
+    assert not [key for key in records[0] if key.startswith('lambda')]
+    assert 'are inhibited' not in log
+
+
+def test_nothing_else_changes(tmp_path):
+    """Weights and statistics of a run are those without the hook, to the bit."""
+    states = []
+    for interval in (1, 100):
+        torch.manual_seed(0)
+        model = Model()
+        train(tmp_path / str(interval), model, interval=interval)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_networks_without_rectifiers_are_refused_before_training(tmp_path):
+    model = Model()
+    model.backbone.layer1[3] = model.backbone.layer2[1] = nn.Identity()
+    with pytest.raises(ValueError, match='no rectifier module'):
+        train(tmp_path, model)
+
+
+@pytest.mark.parametrize(('name', 'value'), [('interval', 0), ('threshold', 0.), ('alarm', 2.)])
+def test_arguments_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f'{name} must be'):
+        ChannelHealthHook(**{name: value})

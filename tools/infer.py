@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Detect objects in images or folders of images: pictures, and results as COCO has them.
+
+    python tools/infer.py photos/ --config configs/mask_rcnn_ce_r50.py \\
+        --checkpoint work_dirs/mask_rcnn_ce_r50/epoch_24.pth
+    python tools/infer.py a.jpg b.jpg --config CONFIG --checkpoint CHECKPOINT --fuse --out found
+
+Writes OUT/vis/, with the names and subfolders of the images, and OUT/results.json, a list with
+an entry for each detection of any score:
+
+    image_id      index of the image, from 0, among all that were found, in sorted order
+    file_name     relative to the folder given; to the folder common to all, if several are
+    category_id   index of the class, from 1, as checkpoints store names of classes but no ids:
+                  for models of COCO's 80 classes it is not COCO's own id, which leaves gaps
+    category      name of the class
+    bbox          x, y, width, height, in pixels
+    score         from 0 to 1
+    segmentation  the mask as run lengths, which pycocotools.mask.decode reads; for models
+                  with masks
+
+Images that cannot be read are left out and named at the end; the exit status is then 1.
+"""
+import argparse
+import json
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('images', type=Path, nargs='+', metavar='IMAGE_OR_FOLDER',
+                        help='folders are searched with all their subfolders')
+    parser.add_argument('--config', required=True)
+    parser.add_argument('--checkpoint', required=True)
+    parser.add_argument('--out', type=Path, default=Path('inference'),
+                        help='folder to write to (%(default)s)')
+    parser.add_argument('--fuse', action='store_true',
+                        help='fold batch norms and CE into the convolutions first (fuse_ce)')
+    parser.add_argument('--device', help='cpu, cuda:0 ... (cuda:0 where there is one, else cpu)')
+    parser.add_argument('--batch-size', type=int, default=4, help='images at once (%(default)s)')
+    parser.add_argument('--score', type=float, default=0.3,
+                        help='detections above it are drawn (%(default)s)')
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error(f'--batch-size must be at least 1, got {arguments.batch_size}')
+    return arguments
+
+
+def find_images(paths, out):
+    """Paths of all images, by their names relative to the folder that all paths have in common.
+
+    Pictures of an earlier run, where OUT lies inside a folder given, are none of them.
+    """
+    pictures = Path(os.path.abspath(out / 'vis'))
+    found, folders = [], []
+    for given in paths:
+        if not given.exists():
+            sys.exit(f'no such image or folder: {given}')
+        path = Path(os.path.abspath(given))
+        if pictures in (path, *path.parents):
+            sys.exit(f'{given} would be overwritten: pictures go to {pictures}. '
+                     'Name another folder with --out.')
+        candidates = sorted(path.rglob('*')) if path.is_dir() else [path]
+        images = [file for file in candidates if file.suffix.lower() in SUFFIXES
+                  and not file.is_dir() and pictures not in file.parents]
+        if not images:
+            sys.exit(f'no images in {given}: their names end in {", ".join(SUFFIXES)}')
+        found += images
+        folders.append(path if path.is_dir() else path.parent)
+    common = Path(os.path.commonpath(folders))
+    return {path.relative_to(common).as_posix(): path for path in found}
+
+
+def pick_device(name):
+    import torch
+
+    name = name or ('cuda:0' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        sys.exit(f'device {name} cannot be used: {str(error).splitlines()[0]}')
+    return name
+
+
+def read_config(path, checkpoint):
+    """The config, or an exit with one line if it or the checkpoint cannot be used."""
+    from _mmdet import load_config
+
+    from cenet_mmdet.preflight import missing_files
+
+    cfg = load_config(path)
+    if cfg.get('default_scope', 'mmdet') != 'mmdet':
+        sys.exit(f'{path} is not the config of a detector')
+    cfg.load_from, cfg.resume = checkpoint, False
+    problems = missing_files(cfg, splits=())
+    if problems:
+        sys.exit(problems[0])
+    cfg.model.backbone.init_cfg = None  # all weights are the checkpoint's
+    cfg.visualizer = dict(type='DetLocalVisualizer')  # pictures are written here, nowhere else
+    return cfg
+
+
+def build_inferencer(arguments):
+    """MMDetection's inferencer, with all its weights from the checkpoint."""
+    cfg = read_config(arguments.config, arguments.checkpoint)
+    device = pick_device(arguments.device)
+    from mmengine.runner.checkpoint import load_checkpoint
+
+    from cenet_mmdet.checkpoints import CheckpointError
+
+    logging.disable(logging.WARNING)  # that the config names no collate function
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of a missing optional package, and missing weights
+        from mmdet.apis import DetInferencer
+        inferencer = DetInferencer(cfg, device=device, show_progress=False)
+    logging.disable(logging.NOTSET)
+    try:
+        # strictly: DetInferencer would leave at random what the checkpoint lacks
+        checkpoint = load_checkpoint(inferencer.model, arguments.checkpoint, 'cpu', strict=True)
+    except (CheckpointError, RuntimeError) as error:
+        sys.exit(f'{arguments.checkpoint} does not fit {arguments.config}: '
+                 f'{textwrap.shorten(str(error), 500)}')
+    # the visualizer has the same dict
+    inferencer.model.dataset_meta['classes'] = class_names(checkpoint, cfg)
+    if arguments.fuse:
+        fuse(inferencer)
+    return inferencer
+
+
+def class_names(checkpoint, cfg):
+    """The checkpoint's, or the config's where it is a bare state dict."""
+    from mmdet.registry import DATASETS
+
+    meta = checkpoint.get('meta', {}).get('dataset_meta', {})
+    names = {key.lower(): value for key, value in meta.items()}.get('classes')
+    return names or DATASETS.build(
+        {**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo['classes']
+
+
+def fuse(inferencer):
+    from cenet_mmdet.deploy import fuse_ce
+
+    try:
+        inferencer.model = fuse_ce(inferencer.model)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def is_readable(path):
+    import cv2
+    import mmcv
+
+    try:
+        return mmcv.imread(path) is not None
+    except (OSError, cv2.error):
+        return False
+
+
+def entries(image_id, name, prediction, classes):
+    """An image's detections in COCO's format, from the inferencer's dict."""
+    for index, label in enumerate(prediction['labels']):
+        left, top, right, bottom = prediction['bboxes'][index]
+        entry = dict(image_id=image_id, file_name=name, category_id=label + 1,
+                     category=classes[label], bbox=[left, top, right - left, bottom - top],
+                     score=prediction['scores'][index])
+        if 'masks' in prediction:
+            entry['segmentation'] = prediction['masks'][index]
+        yield entry
+
+
+def detect(inferencer, images, arguments):
+    """Write the pictures; return the detections, and names of images that cannot be read."""
+    import mmcv
+    from rich.progress import track
+
+    warnings.filterwarnings('ignore', '.*out of bounds')  # boxes that end at the border do
+    classes = inferencer.model.dataset_meta['classes']
+    numbered = [(index, *item) for index, item in enumerate(images.items())]
+    size = arguments.batch_size
+    detections, unreadable = [], []
+    # the inferencer keeps all pictures of a call in memory: one call for each batch
+    for start in track(range(0, len(numbered), size), 'detecting'):
+        batch = []
+        for index, name, path in numbered[start:start + size]:
+            if is_readable(path):
+                batch.append((index, name, path))
+            else:
+                unreadable.append(name)
+        if not batch:
+            continue
+        results = inferencer([str(path) for *_, path in batch], batch_size=size, return_vis=True,
+                             pred_score_thr=arguments.score)
+        for (index, name, _), prediction, picture in zip(
+                batch, results['predictions'], results['visualization']):
+            detections += entries(index, name, prediction, classes)
+            # not left to the inferencer, which writes a/1.jpg and b/1.jpg to the same file
+            mmcv.imwrite(picture[..., ::-1], str(arguments.out / 'vis' / name))
+    return detections, unreadable
+
+
+def write_json(content, path):
+    """All or nothing: a run that is stopped leaves no half file."""
+    unfinished = path.with_name(f'.{path.name}.part')
+    unfinished.write_text(json.dumps(content))
+    os.replace(unfinished, path)
+
+
+def main():
+    arguments = parse_args()
+    if arguments.out.exists() and not arguments.out.is_dir():
+        sys.exit(f'--out {arguments.out} is no folder')
+    images = find_images(arguments.images, arguments.out)
+    inferencer = build_inferencer(arguments)
+    detections, unreadable = detect(inferencer, images, arguments)
+    problem = f'{len(unreadable)} of {len(images)} images could not be read: ' \
+              f'{", ".join(unreadable)}'
+    if len(unreadable) == len(images):
+        sys.exit(problem)
+    results = arguments.out / 'results.json'
+    write_json(detections, results)
+    print(f'{len(detections)} detections in {len(images) - len(unreadable)} images: {results}, '
+          f'pictures in {arguments.out / "vis"}')
+    if unreadable:
+        sys.exit(problem)
+
+
+if __name__ == '__main__':
+    main()
