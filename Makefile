@@ -16,8 +16,9 @@ setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv 
 demo: setup  ## train, evaluate and draw on a small generated set (under 10 minutes on 2 CPU cores)
 	$(RUN) tools/demo.py
 
+# Files of tests side by side, with one thread each: much of the time is imports.
 test: setup  ## run the test suite
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-long: setup  ## run the tests that take minutes each: killed runs, mixed precision
 	$(RUN) -m pytest -m long -s

@@ -25,7 +25,8 @@ setup(
         # tools/deploy.py --onnx
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
         'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'onnx', 'onnxruntime',
-                'onnxscript', 'pre-commit>=3.5', 'psutil', 'pytest>=8', 'ruff==0.17.6'],
+                'onnxscript', 'pre-commit>=3.5', 'psutil', 'pytest>=8',
+                'pytest-xdist>=3.6', 'ruff==0.17.6'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -2,6 +2,7 @@
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,9 +11,19 @@ from mmdet.models.backbones import MobileNetV2, ResNet
 from torch import nn
 
 from cenet_mmdet import CE, CEResNet, insert_ce
-from cenet_mmdet.analysis import (ChannelCorrelations, ChannelMagnitudes, GammaGrowth,
-                                  ReweightingSpread, ablation_curve, feature_magnitude, gammas,
-                                  lambdas, norm_ce_pairs, spectra, zero_channels)
+from cenet_mmdet.analysis import (
+    ChannelCorrelations,
+    ChannelMagnitudes,
+    GammaGrowth,
+    ReweightingSpread,
+    ablation_curve,
+    feature_magnitude,
+    gammas,
+    lambdas,
+    norm_ce_pairs,
+    spectra,
+    zero_channels,
+)
 from cenet_mmdet.analysis.collector import Collector
 from cenet_mmdet.insert import NormCE
 from cenet_mmdet.norms import CEBN, CEGN
@@ -68,6 +79,16 @@ def measure(collector, *batches, **options):
         for batch in batches:
             collector._model(batch)
     return collector.result(**options)
+
+
+@contextmanager
+def seen_at(layer):
+    """Input and output of the last call of a layer, before others change them in place."""
+    seen = {}
+    hook = layer.register_forward_hook(
+        lambda _, args, out: seen.update(input=args[0].clone(), output=out.clone()))
+    yield seen
+    hook.remove()
 
 
 def norm_of(gamma):
@@ -134,17 +155,15 @@ def test_share_of_all_layers_counts_channels_rather_than_layers():
 @pytest.mark.parametrize('name', ['CE-ResNet-50', 'ResNet-50'])
 def test_one_rectifier_called_three_times_is_three_layers(name, ce_resnet50):
     network = ce_resnet50 if name == 'CE-ResNet-50' else trained(ResNet(50, **SLIM))
-    block, inputs, outputs = network.layer1[0], [], []
-    handle = block.register_forward_hook(
-        lambda _, args, out: (inputs.append(args[0].clone()), outputs.append(out.clone())))
-    found = measure(ChannelMagnitudes(network), images()).magnitudes
-    handle.remove()
+    block = network.layer1[0]
+    with seen_at(block) as seen:
+        found = measure(ChannelMagnitudes(network), images()).magnitudes
     calls = [f'layer1.0.relu#{i}' for i in (1, 2, 3)]
     assert [label for label in found if label.startswith('layer1.0.')] == calls
     with torch.no_grad():
-        first = block.bn1(block.conv1(inputs[0])).relu()
+        first = block.bn1(block.conv1(seen['input'])).relu()
         second = block.bn2(block.conv2(first)).relu()
-    for label, expected in zip(calls, (first, second, outputs[0])):
+    for label, expected in zip(calls, (first, second, seen['output'])):
         torch.testing.assert_close(found[label], expected.mean((0, 2, 3)), **EXACT)
     assert len({found[label].mean().item() for label in calls}) == 3
 
@@ -157,7 +176,7 @@ def test_rectifiers_of_whole_networks(ce_resnet18, resnet):
     mobilenet = evaluated(MobileNetV2(widen_factor=0.25))
     found = measure(ChannelMagnitudes(mobilenet), images(1)).magnitudes
     assert len(found) == 1 + 1 + 2 * 16 + 1
-    assert found['layer2.0.expand_conv.activate'].shape == (24, )
+    assert found['layer2.0.expand_conv.activate'].shape == (48, )  # 6 * 8
 
 
 def test_layers_are_chosen_by_regular_expressions(resnet):
@@ -275,12 +294,11 @@ def test_gamma_that_does_not_grow_is_reported_as_such():
 
 def test_gamma_growth_is_of_each_group(ce_resnet18):
     pairs = norm_ce_pairs(ce_resnet18, lambda: ce_resnet18(images(1)))
-    seen = []
     ce = ce_resnet18.layer2[0].ce
-    with ce.register_forward_hook(lambda _, args, out: seen.append(args[0])):
+    with seen_at(ce) as seen:
         growth = measure(GammaGrowth(ce_resnet18, pairs), images())
     assert list(growth) == list(pairs.values())
-    rows = seen[0].movedim(1, -1).flatten(0, 2)
+    rows = seen['input'].movedim(1, -1).flatten(0, 2)
     gamma = ce_resnet18.layer2[0].bn2.weight.detach()
     for group in range(4):
         channels = slice(4 * group, 4 * group + 4)
@@ -336,13 +354,13 @@ def test_correlations_in_ce_of_known_operators(ratio):
     found = measure(ChannelCorrelations(nn.Sequential(ce)), maps_of(RHO))['0']
     whole = (0.5 + 0.2 + 0.1) / 3
     assert list(found) == [p for p in ('input', 'bd', 'ir', 'output')
-                           if not (p == 'bd' and ratio == 0 or p == 'ir' and ratio == 1)]
+                           if (p, ratio) not in (('bd', 0), ('ir', 1))]
     assert found['input'].mean == pytest.approx(whole)
     if ce.has_bd:
         assert found['bd'].mean < 1e-12
     if ce.has_ir:
         assert found['ir'].mean == pytest.approx(whole)
-    operator = ratio * inverse_root + (1 - ratio) * torch.eye(3) / 2
+    operator = ratio * inverse_root + (1 - ratio) * torch.eye(3).double() / 2
     covariance = operator @ RHO @ operator
     deviation = covariance.diagonal().sqrt()
     expected = (covariance / torch.outer(deviation, deviation)).abs().sum().item() - 3
@@ -350,12 +368,8 @@ def test_correlations_in_ce_of_known_operators(ratio):
 
 
 def test_correlations_of_a_network_are_those_of_its_feature_maps(ce_resnet18):
-    ce, points = ce_resnet18.layer3[1].ce, {}
-
-    def keep(_, args, out):
-        points.update(input=args[0], output=out)
-
-    with ce.register_forward_hook(keep):
+    ce = ce_resnet18.layer3[1].ce
+    with seen_at(ce) as points:
         found = measure(ChannelCorrelations(ce_resnet18), images())
     x = points['input']
     n, c = x.shape[:2]
@@ -493,6 +507,10 @@ class Living(nn.Module):
         return x if self.ce is None else self.ce(x)
 
 
+def dead_channels(x):
+    return (x == 0).flatten(2).all(-1).all(0)
+
+
 def share_of_living(model):
     return (model(torch.ones(2, 20, 3, 3, dtype=torch.float64)) != 0).double().mean()
 
@@ -513,17 +531,15 @@ def test_metric_falls_with_the_share_of_zeroed_channels(ce):
 
 
 def test_living_channels_of_ce_see_the_whole_input(ce_resnet18):
-    block, seen = ce_resnet18.layer1[0], {}
-    x = images(2)
-    with torch.no_grad():
-        with block.ce.register_forward_hook(lambda _, args, out: seen.update(whole=out)):
-            ce_resnet18(x)
-        with zero_channels(ce_resnet18, r'layer1\.0\.bn2', 0.5, seed=0):
-            with block.ce.register_forward_hook(lambda _, args, out: seen.update(zeroed=out)):
-                ce_resnet18(x)
-    dead = (seen['zeroed'] == 0).all(-1).all(-1).all(0)
+    ce, x = ce_resnet18.layer1[0].ce, images(2)
+    with torch.no_grad(), seen_at(ce) as whole:
+        ce_resnet18(x)
+    with zero_channels(ce_resnet18, r'layer1\.0\.bn2', 0.5, seed=0), torch.no_grad(), \
+            seen_at(ce) as zeroed:
+        ce_resnet18(x)
+    dead = dead_channels(zeroed['output'])
     assert dead.sum() == 4
-    torch.testing.assert_close(seen['zeroed'][:, ~dead], seen['whole'][:, ~dead], **EXACT)
+    torch.testing.assert_close(zeroed['output'][:, ~dead], whole['output'][:, ~dead], **EXACT)
 
 
 def test_channels_of_a_fraction_are_among_those_of_a_larger_one():
@@ -542,11 +558,10 @@ def test_norms_with_inserted_ce_keep_their_names():
     inserted = evaluated(insert_ce(ResNet(18, **SLIM), r'layer1\.\d\.bn2'))
     dead = []
     for network in (plain, inserted):
-        with zero_channels(network, '.*bn2', 0.5, 0), torch.no_grad():
-            hook = network.layer1[1].bn2.register_forward_hook(
-                lambda _, args, out: dead.append((out == 0).flatten(2).all(-1).all(0)))
+        with zero_channels(network, '.*bn2', 0.5, 0), torch.no_grad(), \
+                seen_at(network.layer1[1].bn2) as seen:
             network(images(1))
-            hook.remove()
+        dead.append(dead_channels(seen['output']))
     assert dead[0].sum() == 4 and torch.equal(*dead)
 
 

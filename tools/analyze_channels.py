@@ -112,8 +112,6 @@ def build_loader(config, images, folder):
     else:
         dataset.indices = images
     loader = Runner.build_dataloader(loader)
-    if not len(loader.dataset):
-        sys.exit(f'the validation set of {config} has no images: there is nothing to measure')
     evaluator = Evaluator(cfg.val_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
     return loader, evaluator
@@ -123,6 +121,8 @@ def part_of(annotations, count, folder):
     """The absolute path of an annotation file with the first `count` images."""
     content = json.loads(annotations.read_text())
     content['images'] = content['images'][:count]
+    if not content['images']:
+        sys.exit(f'{annotations} has no images: there is nothing to measure')
     kept = {image['id'] for image in content['images']}
     content['annotations'] = [a for a in content['annotations'] if a['image_id'] in kept]
     path = Path(folder).absolute() / 'annotations.json'

@@ -8,7 +8,8 @@
 Writes OUT/vis/, with the names and subfolders of the images, and OUT/results.json, a list with
 an entry for each detection of any score:
 
-    image_id      index of the image, from 0, among all that were found, in sorted order
+    image_id      index of the image, from 0, among all found, readable or not: paths in the
+                  order given, folders sorted
     file_name     relative to the folder given; to the folder common to all, if several are
     category_id   index of the class, from 1, as checkpoints store names of classes but no ids:
                   for models of COCO's 80 classes it is not COCO's own id, which leaves gaps

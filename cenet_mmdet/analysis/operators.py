@@ -4,6 +4,7 @@ from typing import Dict, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers import CE
 from .collector import Collector, check_finite
 from .correlation import check_running_statistics
 from .modules import Layers, ce_layers, select
@@ -19,7 +20,12 @@ def lambdas(model: nn.Module) -> Dict[str, float]:
         ValueError: if the model has no CE layer.
     """
     layers = select(ce_layers(model), None, 'CE layer')
-    return {name: float(ce.ratio(torch.float64)) for name, ce in layers.items()}
+    return {name: _lambda(ce) for name, ce in layers.items()}
+
+
+def _lambda(ce: CE) -> float:
+    with torch.no_grad():
+        return float(ce.ratio(torch.float64))
 
 
 class Spectrum(NamedTuple):
@@ -102,7 +108,7 @@ class ReweightingSpread(Collector):
 class _Weights:
     """Mean and variance of F(v_n), which is w_n up to s: the quotient does not see s."""
 
-    def __init__(self, ce) -> None:
+    def __init__(self, ce: CE) -> None:
         self.ce = ce
         self.gates = RunningVariance()
 
