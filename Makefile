@@ -16,9 +16,11 @@ setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv 
 demo: setup  ## train, evaluate and draw on a small generated set (under 10 minutes on 2 CPU cores)
 	$(RUN) tools/demo.py
 
-# Files of tests side by side, with one thread each: much of the time is imports.
+# Files of tests side by side, with one thread each: much of the time is imports. Those that
+# kill runs at given moments come by themselves.
 test: setup  ## run the test suite
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --ignore tests/test_distributed.py
+	$(RUN) -m pytest tests/test_distributed.py
 
 test-long: setup  ## run the tests that take minutes each: killed runs, mixed precision
 	$(RUN) -m pytest -m long -s
