@@ -2,6 +2,7 @@
 import argparse
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import mmdet
@@ -49,7 +50,7 @@ def load_model(config, checkpoint):
     try:
         load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
     except (CheckpointError, RuntimeError, KeyError) as error:
-        sys.exit(f'{checkpoint} does not fit {config}: {error}')
+        sys.exit(f'{checkpoint} does not fit {config}: {textwrap.shorten(str(error), 500)}')
     model.eval()
     return model
 
