@@ -1,6 +1,8 @@
 """ChannelHealthHook in real runs, on a network whose channels are known."""
 import contextlib
 import json
+import os
+import socket
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from cenet_mmdet import CE, ChannelHealthHook
+from cenet_mmdet.cpu import init_process_group
 from cenet_mmdet.health import _Rectified
 
 
@@ -41,7 +44,7 @@ class Model(BaseModel):
         return dict(loss=0 * self.backbone(inputs).sum())
 
 
-def train(folder, model, iterations=7, **hook):
+def train(folder, model, iterations=7, launcher='none', check=True, **hook):
     """Scalars of the run's JSON log that are the hook's, and the text log."""
     images = [dict(inputs=torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)))
               for i in range(4)]
@@ -53,8 +56,12 @@ def train(folder, model, iterations=7, **hook):
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.)),
         custom_hooks=[dict(type='ChannelHealthHook', **hook)],
         visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+        launcher=launcher, env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        cfg=dict(model_wrapper_cfg=dict(type='CPUDistributedDataParallel')),
         experiment_name=f'health{id(folder)}')
     runner.train()
+    if not check:
+        return None
     path, = folder.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     log, = folder.glob('*/*.log')
@@ -91,6 +98,34 @@ def test_nothing_else_changes():
         results.append([*model.buffers(), *(p.grad for p in model.parameters()
                                             if p.requires_grad)])
     assert all(map(torch.equal, *results))
+
+
+def test_mixed_precision():
+    """Activations are bfloat16, what is measured of them is not."""
+    model = Backbone()
+    with _Rectified(model) as watching, torch.autocast('cpu', torch.bfloat16):
+        assert model(torch.randn(2, 3, 8, 8)).dtype == torch.bfloat16
+    layer = watching.result()['layer1.3']
+    assert layer.magnitude.dtype == torch.float32
+    assert (layer.magnitude > 0).tolist() == [True] * 2 + [False] * 6
+
+
+def train_rank(rank, folder, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    init_process_group()  # as the tools do on CPUs
+    train(folder, Model(), interval=3, launcher='pytorch', check=False)
+
+
+def test_distributed_training_is_logged_by_the_main_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_rank, (tmp_path, port), nprocs=2)
+    path, = tmp_path.glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r['step'] for r in records if r.get('inhibited/layer1') == 0.75] == [3, 6]
 
 
 def test_networks_without_rectifiers_are_refused_before_training(tmp_path):
