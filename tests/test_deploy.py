@@ -190,6 +190,11 @@ class TestRefusal:
         model(torch.randn(2, 3, 8, 8))
         self.refused(model.eval(), '3 (no convolution and norm')
 
+    @pytest.mark.parametrize('place', ['after_conv1', 'after_conv2'])
+    def test_plugins_behind_a_relu(self, place):
+        model = trained(lambda: ResNet(50, **SLIM, plugins=[{**PLUGIN[0], 'position': place}]))
+        self.refused(model, 'layer1.0.ce', 'no convolution and norm')
+
     def test_a_folded_model_cannot_be_trained(self):
         with pytest.raises(RuntimeError, match='folded for inference'):
             fuse_ce(trained(sequential)).train()

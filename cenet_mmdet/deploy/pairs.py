@@ -75,8 +75,11 @@ def _norm_name(parent: nn.Module, number: str) -> str:
 
 
 def _ce_name(parent: nn.Module, number: str) -> Optional[str]:
-    """CE of our blocks (`ce`) and stem (`ce1`), or the only plugin at this place."""
-    plugins = vars(parent).get(f'after_conv{number}_plugin_names', [])
+    """CE of our blocks (`ce`) and stem (`ce1`), or the only plugin behind the third norm.
+
+    MMDetection's plugins after the first two convolutions come behind the ReLU.
+    """
+    plugins = vars(parent).get('after_conv3_plugin_names', []) if number == '3' else []
     candidates = [plugins[0] if len(plugins) == 1 else None, f'ce{number}',
                   'ce' if _ce_norm(parent) == f'norm{number}' else None]
     return next((name for name in candidates if _is_ce(parent, name)), None)
