@@ -1,7 +1,9 @@
 # `make demo` and `make test` set up what they need. PYTHON names the interpreter to
-# build the environment with, VENV its folder.
+# build the environment with, STACK the releases in it (maintained or legacy, see
+# tools/stacks.py), VENV its folder.
 PYTHON ?= python3
-VENV ?= .venv
+STACK ?= maintained
+VENV ?= .venv$(if $(filter-out maintained,$(STACK)),-$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
@@ -11,7 +13,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv must be compiled)
-	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+	@$(PYTHON) tools/setup_env.py --stack $(STACK) --venv $(VENV)
 
 demo: setup  ## train, evaluate and draw on a small generated set (under 10 minutes on 2 CPU cores)
 	$(RUN) tools/demo.py

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_COCO = ROOT.parent / 'shared' / 'coco_real_mini'
@@ -22,6 +23,15 @@ SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,128)',
 # without which there is no summary.
 FEW_ROIS = ['model.train_cfg.rcnn.sampler.num=16', 'model.train_cfg.rpn_proposal.max_per_img=50',
             'model.test_cfg.rcnn.score_thr=0.001', 'model.test_cfg.rcnn.max_per_img=10']
+
+# The legacy stack, see tools/stacks.py.
+LEGACY = torch.__version__.startswith('2.1.')
+
+# `make test` and `make test-long`, whose properties are tried on 10,000 examples and more.
+settings.register_profile('short', deadline=None, max_examples=30, derandomize=True)
+settings.register_profile('long', deadline=None, max_examples=1500, print_blob=True,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('short')
 
 torch.set_num_threads(2)
 

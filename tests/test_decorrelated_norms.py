@@ -362,9 +362,17 @@ class TestInput:
         y = layer(16)(correlated_input(2, 16, dtype=torch.float32))
         assert torch.isfinite(y).all()
 
-    def test_dbn_names_input_that_is_not_finite(self):
-        with pytest.raises(torch.linalg.LinAlgError):
-            DBN(4)(torch.full((2, 4, 3, 3), float('nan')))
+    @each_layer
+    def test_nan_in_one_sample_stays_there(self, layer):
+        norm, whole = layer(8), layer(8)
+        x = correlated_input(4, 8, 3, 3, dtype=torch.float32)
+        spoilt = x.clone()
+        spoilt[1, 2, 0, 0] = float('nan')
+        with pytest.warns(UserWarning, match=f'{layer.__name__}: samples with inf or NaN'):
+            y = norm(spoilt)
+        finite = [0, 2, 3]
+        torch.testing.assert_close(y[finite], whole(x[finite]))
+        torch.testing.assert_close(norm.state_dict(), whole.state_dict())
 
     @settings(max_examples=20, deadline=None)
     @given(layer=st.sampled_from(LAYERS), n=st.integers(1, 4), c=st.integers(1, 24),

@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import LEGACY, ROOT, run
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import setup_env
 from setup_env import SetupError, Steps, ninja_progress, pip_progress
+from stacks import STACKS
+
+STACK = STACKS['legacy' if LEGACY else 'maintained']
 
 
 @pytest.fixture
@@ -19,10 +22,12 @@ def steps(tmp_path):
 def test_the_environment_of_these_tests_is_complete():
     """The final check itself: operators run, versions are the pinned ones."""
     out = run(sys.executable, '-W', 'ignore', '-c', setup_env.CHECK).stdout
-    for pin in (setup_env.TORCH[0], setup_env.MMENGINE, setup_env.MMCV, setup_env.MMDET):
+    pins = (STACK.torch, STACK.mmengine, STACK.mmcv, STACK.mmdet)
+    for pin in pins:
         assert setup_env.pinned(sys.executable, pin), pin
-    assert re.search(r'torch 2\.13\.0\S*, mmengine 0\.10\.12, mmcv 2\.3\.6 .*operators run on cpu',
-                     out)
+    torch, mmengine, mmcv, mmdet = (re.escape(pin.split('==')[1]) for pin in pins)
+    assert re.search(rf'torch {torch}\S*, mmengine {mmengine}, mmcv {mmcv} .*, mmdet {mmdet}, '
+                     'operators run on cpu', out)
 
 
 def test_a_failed_step_says_what_to_do(steps):
@@ -48,11 +53,11 @@ def test_a_wheel_without_working_operators_is_built_anew(steps, monkeypatch, tmp
     monkeypatch.setattr(setup_env, 'operators_work', lambda python: 'build' in done)
     monkeypatch.setattr(setup_env, 'pinned', lambda *_: False)
     steps.pip = lambda title, *arguments, python: done.append(arguments[-1])
-    setup_env.install_mmcv(steps, sys.executable)
-    assert done == [setup_env.MMCV, 'build', str(folder / 'onedl_mmcv-2.3.6-own.whl')]
+    setup_env.install_mmcv(steps, sys.executable, STACK.mmcv)
+    assert done == [STACK.mmcv, 'build', str(folder / 'onedl_mmcv-2.3.6-own.whl')]
     # and the next environment takes the wheel built here
     done[:] = ['build']
-    setup_env.install_mmcv(steps, sys.executable)
+    setup_env.install_mmcv(steps, sys.executable, STACK.mmcv)
     assert done[1:] == [str(folder / 'onedl_mmcv-2.3.6-own.whl')]
 
 
@@ -74,10 +79,12 @@ def test_progress_of_a_compilation():
     assert pip_progress('some other line') is None
 
 
-def test_an_old_python_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, 'version_info', (3, 9, 18))
-    with pytest.raises(SetupError, match=r'needs Python >= 3\.10.*PYTHON=python3\.11'):
-        setup_env.set_up(tmp_path / 'venv')
+@pytest.mark.parametrize(('name', 'version', 'pythons'), [
+    ('maintained', (3, 9, 18), r'3\.10 to 3\.13'), ('legacy', (3, 12, 1), r'3\.9 to 3\.11')])
+def test_a_python_without_builds_is_refused(name, version, pythons, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, 'version_info', version)
+    with pytest.raises(SetupError, match=rf'needs Python {pythons}.*PYTHON=python3\.11'):
+        setup_env.set_up(tmp_path / 'venv', STACKS[name])
     assert not (tmp_path / 'venv').exists()
 
 
@@ -85,7 +92,7 @@ def test_a_missing_compiler_is_named(steps, monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(SetupError, match=r'C\+\+17 compiler.*apt-get install g\+\+'):
-        setup_env.build_mmcv(steps, sys.executable, tmp_path / 'build')
+        setup_env.build_mmcv(steps, sys.executable, tmp_path / 'build', STACK.mmcv)
 
 
 def test_a_gpu_without_a_cuda_compiler_is_refused(steps, monkeypatch, tmp_path):
@@ -93,4 +100,4 @@ def test_a_gpu_without_a_cuda_compiler_is_refused(steps, monkeypatch, tmp_path):
     monkeypatch.setattr(setup_env.shutil, 'which', lambda name: name == 'c++' or None)
     monkeypatch.delenv('CUDA_HOME', raising=False)
     with pytest.raises(SetupError, match=r'GPU, but no CUDA compiler.*nvcc'):
-        setup_env.build_mmcv(steps, sys.executable, tmp_path / 'mmcv-torch-cuda')
+        setup_env.build_mmcv(steps, sys.executable, tmp_path / 'mmcv-torch-cuda', STACK.mmcv)

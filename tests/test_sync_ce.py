@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmcv.cnn import fuse_conv_bn
 from mmengine.model import revert_sync_batchnorm
+from sync_ranks import reference_forward
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -131,46 +132,6 @@ def reference_norm(norm, xs):
     rows = norm(pixels.T[:, :, None, None])[:, :, 0, 0].T
     parts = rows.split([x[:, 0].numel() for x in xs], 1)
     return [p.view(CHANNELS, len(x), *x.shape[2:]).transpose(0, 1) for p, x in zip(parts, xs)]
-
-
-def reference_forward(ce, xs):
-    """CE's definition over samples of any sizes, written out."""
-    samples = [x[n:n + 1] for x in xs for n in range(len(x))]
-    pixels = torch.cat([s.flatten(2)[0] for s in samples], 1)  # (C, all pixels)
-    whitening = scale = None
-    with torch.no_grad():
-        ce.num_batches_tracked += 1
-    if ce.has_bd:
-        grouped = pixels.view(ce.num_groups, ce.group_size, -1)
-        mean = grouped.mean(-1, keepdim=True)
-        sigma = (grouped - mean) @ (grouped - mean).mT / grouped.shape[-1]
-        sigma = sigma + ce.eps * torch.eye(ce.group_size, dtype=sigma.dtype)
-        sigma_n = sigma / sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-        whitening = torch.eye(ce.group_size, dtype=sigma.dtype).expand_as(sigma)
-        for _ in range(ce.num_iters):
-            whitening = 1.5 * whitening - 0.5 * whitening @ whitening @ whitening @ sigma_n
-        with torch.no_grad():
-            ce.running_mean += ce.momentum * (mean.flatten() - ce.running_mean)
-            ce.running_whitening += ce.momentum * (whitening - ce.running_whitening)
-    if ce.has_ir:
-        varied = [s.flatten(2).var(-1) for s in samples if s[0, 0].numel() > 1]
-        scale = torch.cat(varied).mean().sqrt()
-        with torch.no_grad():
-            ce.running_scale += ce.momentum * (scale - ce.running_scale)
-    ratio = torch.sigmoid(ce.lambda_logit) if ce.bd_ratio is None else ce.bd_ratio
-    outputs = []
-    for x in xs:
-        flat = x.flatten(2)
-        y = 0
-        if ce.has_bd:
-            grouped = flat.unflatten(1, (ce.num_groups, ce.group_size))
-            y = y + ratio * (whitening @ grouped).view_as(flat)
-        if ce.has_ir:
-            single = flat.shape[-1] == 1
-            variance = torch.zeros_like(flat[..., 0]) if single else flat.var(-1)
-            y = y + (1 - ratio) * (ce.reweighting(variance) / scale).unsqueeze(-1) * flat
-        outputs.append(y.view_as(x))
-    return outputs
 
 
 def train_rank_all(rank, split):

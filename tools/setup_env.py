@@ -2,12 +2,12 @@
 """Create the project's virtual environment and prove that it works.
 
     python3 tools/setup_env.py            # creates or completes .venv
-    python3 tools/setup_env.py --venv /tmp/ce
+    python3 tools/setup_env.py --stack legacy --venv /tmp/ce
 
 Safe to run again at any time, also after an interruption: what is complete is
 recognised, and a compilation goes on where it stopped. Honours pip's own
-variables (PIP_FIND_LINKS, PIP_INDEX_URL, ...). Needs only a Python >= 3.10;
-the environment of the caller is never touched.
+variables (PIP_FIND_LINKS, PIP_INDEX_URL, ...). Needs only a Python >= 3.10, for
+the legacy stack 3.9 to 3.11; the environment of the caller is never touched.
 """
 import argparse
 import os
@@ -19,19 +19,10 @@ import threading
 import time
 from pathlib import Path
 
+from stacks import STACKS
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / 'build'
-
-# mmcv's build needs setuptools >= 80; pkg_resources is gone from 81 on.
-BASICS = ('pip>=23.2', 'setuptools>=80,<81', 'wheel', 'ninja', 'psutil')
-TORCH = ('torch==2.13.0', 'numpy>=2.2,<2.3')
-MMENGINE = 'onedl-mmengine==0.10.12'
-MMCV = 'onedl-mmcv==2.3.6'
-MMDET = 'onedl-mmdetection==3.5.1'
-MMPRETRAIN = 'onedl-mmpretrain==1.3.6'
-# opencv-python (asked for by mmcv) and its headless twin share one folder.
-# Installed last, the headless one needs no libGL, so a bare server works too.
-OPENCV = 'opencv-python-headless==4.12.0.88'
 
 # What the finished environment must be able to do, run inside it.
 CHECK = '''
@@ -172,27 +163,27 @@ def create_venv(steps, venv, python):
                   'Install the venv module (Debian, Ubuntu: apt-get install python3-venv).')
 
 
-def install_mmcv(steps, python):
+def install_mmcv(steps, python, mmcv):
     """The wheel built here before; else one that is offered; else a build from source.
 
     Whichever is installed, its operators must load with this torch, and with a
     GPU they must be CUDA operators.
     """
-    if pinned(python, MMCV) and operators_work(python):
+    if pinned(python, mmcv) and operators_work(python):
         return
     folder = build_folder(python)
     if not list(folder.glob('*.whl')):
         try:
             # A wheel in pip's cache may have been built without operators: do not use it.
             install_wheel(steps, python, 'mmcv from a ready wheel', '--no-cache-dir',
-                          '--only-binary', ':all:', MMCV)
+                          '--only-binary', ':all:', mmcv)
         except SetupError:
             steps.say('no ready mmcv wheel: building it from source (10 to 30 minutes)')
         else:
             if operators_work(python):
                 return
             steps.say('that wheel does not fit this torch or GPU: building mmcv from source')
-        build_mmcv(steps, python, folder)
+        build_mmcv(steps, python, folder, mmcv)
     install_wheel(steps, python, 'mmcv as built', next(folder.glob('*.whl')))
     if not operators_work(python):
         raise SetupError('mmcv was built, but its operators do not load. '
@@ -210,7 +201,7 @@ def build_folder(python):
     return BUILD / subprocess.check_output([python, '-c', code], text=True).strip()
 
 
-def build_mmcv(steps, python, folder):
+def build_mmcv(steps, python, folder, mmcv):
     """Compile mmcv in place, so that a repeated run goes on where ninja stopped."""
     gpu = folder.name.endswith('-cuda')
     if not shutil.which('c++') and not os.environ.get('CXX'):
@@ -221,9 +212,9 @@ def build_mmcv(steps, python, folder):
                          'of mmcv with. Install the CUDA toolkit that torch was built for (see '
                          'python -c "import torch; print(torch.version.cuda)"), put nvcc on PATH '
                          'and run it again, or run it with CUDA_VISIBLE_DEVICES= for CPU only.')
-    source = folder / MMCV.replace('onedl-mmcv==', 'onedl_mmcv-')
+    source = folder / mmcv.replace('-', '_').replace('==', '-')
     if not (source / 'setup.py').exists():
-        fetch_source(steps, python, folder, source)
+        fetch_source(steps, python, folder, source, mmcv)
     # mmcv would start at least four compilers, whatever the machine has.
     os.environ.setdefault('MAX_JOBS', str(len(os.sched_getaffinity(0))
                                           if hasattr(os, 'sched_getaffinity')
@@ -237,11 +228,11 @@ def build_mmcv(steps, python, folder):
               'If memory ran out, try again with MAX_JOBS=1.', progress=ninja_progress())
 
 
-def fetch_source(steps, python, folder, source):
+def fetch_source(steps, python, folder, source, mmcv):
     folder.mkdir(parents=True, exist_ok=True)
     steps.run('mmcv: source', [python, '-m', 'pip', 'download', '--no-deps',
                                '--no-build-isolation', '--no-binary', ':all:',
-                               '--dest', str(folder), MMCV],
+                               '--dest', str(folder), mmcv],
               'Check the network, then run it again.')
     archive = next(folder.glob('*.tar.gz'))
     partial = folder / 'partial'
@@ -259,35 +250,33 @@ def check(steps, python):
     steps.say(answer.stdout.strip().splitlines()[-1])
 
 
-def set_up(venv):
-    if sys.version_info < (3, 10):
+def set_up(venv, stack):
+    if not stack.runs_on(sys.version_info):
         version = '.'.join(map(str, sys.version_info[:3]))
-        raise SetupError(f'The pinned stack needs Python >= 3.10, this is {version}. '
-                         'Name a newer one, for example: make test PYTHON=python3.11')
+        raise SetupError(f'The pinned stack needs Python {stack.pythons}, this is {version}. '
+                         'Name another one, for example: make test PYTHON=python3.11')
     venv.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
     python = str(venv / 'bin' / 'python')
     steps = Steps(BUILD / 'setup.log')
     ready = venv / 'READY'
-    recipe = Path(__file__).read_text(encoding='utf-8') + (ROOT / 'setup.py').read_text()
+    recipe = repr(stack) + Path(__file__).read_text() + (ROOT / 'setup.py').read_text()
     if ready.exists() and ready.read_text() == recipe:
         return
     ready.unlink(missing_ok=True)
     steps.say(f'setting up {venv} (log: {steps.log})')
     create_venv(steps, venv, python)
-    steps.pip('build tools', *BASICS, python=python)
-    if not pinned(python, TORCH[0]):
-        steps.pip('torch', *TORCH, python=python)
-    if not pinned(python, MMENGINE):
+    steps.pip('build tools', *stack.basics, python=python)
+    if not pinned(python, stack.torch):
+        steps.pip('torch', stack.torch, stack.numpy, python=python)
+    if not pinned(python, stack.mmengine):
         # with what mmcv imports, so that its operators can be tried before mmdet comes
-        steps.pip('mmengine', MMENGINE, OPENCV, 'pillow', TORCH[1], python=python)
-    install_mmcv(steps, python)
+        steps.pip('mmengine', stack.mmengine, *stack.opencv, 'pillow', stack.numpy, python=python)
+    install_mmcv(steps, python, stack.mmcv)
     # One resolution over all pins, so that no dependency moves another's.
-    steps.pip('mmdet and mmpretrain', '--no-build-isolation', *TORCH, MMENGINE, MMCV, MMDET,
-              MMPRETRAIN, OPENCV, python=python)
-    steps.pip('headless opencv', '--force-reinstall', '--no-deps', OPENCV, python=python)
-    steps.pip('cenet-mmdet', '--no-build-isolation', '--editable', f'{ROOT}[dev]',
-              python=python)
+    steps.pip('mmdet, mmpretrain and cenet-mmdet', '--no-build-isolation', *stack.pins,
+              '--editable', f'{ROOT}[dev]', python=python)
+    steps.pip('headless opencv', '--force-reinstall', '--no-deps', stack.opencv[0], python=python)
     check(steps, python)
     ready.write_text(recipe)
     steps.say('ready')
@@ -296,11 +285,14 @@ def set_up(venv):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--stack', choices=STACKS, default='maintained',
+                        help="OneDL's maintained releases (default), or OpenMMLab's last ones")
     parser.add_argument('--venv', type=Path, default=ROOT / '.venv',
                         help='folder of the virtual environment (default: .venv in the project)')
-    venv = parser.parse_args().venv.absolute()
+    arguments = parser.parse_args()
+    venv = arguments.venv.absolute()
     try:
-        set_up(venv)
+        set_up(venv, STACKS[arguments.stack])
     except SetupError as error:
         print(*(f'    {line}' for line in error.output), sep='\n', file=sys.stderr)
         sys.exit(f'set-up: {error}')

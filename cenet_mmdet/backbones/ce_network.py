@@ -2,11 +2,11 @@
 import logging
 from typing import Iterator, List, Tuple
 
-import torch
 from mmengine.logging import print_log
 from torch import nn
 
 from ..checkpoints import CE_ENTRY, check_ce_entries, keep_backbone
+from ..compat import is_compiling
 from ..layers import CE
 
 
@@ -53,7 +53,7 @@ class CENetwork(nn.Module):
 
     def forward(self, x):
         # Whether statistics are set is a question to the data, on which a compiler breaks.
-        if not self._statistics_checked and not torch.compiler.is_compiling():
+        if not self._statistics_checked and not is_compiling():
             self._before_first_forward()
             self._statistics_checked = True
         return super().forward(x)

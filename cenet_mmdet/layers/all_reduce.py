@@ -24,8 +24,8 @@ def all_reduce(batch: BatchMoments, group=None) -> BatchMoments:
         group: process group, None for the default one.
 
     Returns:
-        The same on every rank, to the bit, with tensors for the counts. Where
-        all ranks are empty the counts are 0 and the moments finite.
+        The same on every rank, to the bit. Where all ranks are empty the counts are
+        0 and the moments finite.
     """
     total = _AllReduceSum.apply(_pack(batch), group)
     return _unpack(total, like=batch)
@@ -48,8 +48,7 @@ class _AllReduceSum(Function):
 
 def _pack(batch: BatchMoments) -> Tensor:
     """Sums that may be added up: (numbers, ) float64."""
-    reference = batch.variance if batch.mean is None else batch.mean
-    parts = [reference.new_tensor([batch.pixels, batch.samples], dtype=torch.float64)]
+    parts = [torch.stack([batch.pixels, batch.samples]).double()]
     if batch.mean is not None:
         mean = batch.mean.double()
         second = batch.scatter.double() + batch.pixels * _outer(mean)

@@ -20,6 +20,7 @@ from .batch_norm import Affine, affine_of, synchronizes
 from .checks import check_eps_and_momentum, check_integers
 from .grouping import grouped, ungrouped
 from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype, track
+from .nonfinite import tell_of_left_out
 from .operator import mix
 from .released import rename_released_keys
 from .reweighting import InstanceReweighting, instance_scale
@@ -67,7 +68,9 @@ class CE(nn.Module):
           leaves the statistics as they are.
 
     Where a sample has one pixel (H * W = 1) it has no variance: v_n is 0 and
-    s is the running one, also in training.
+    s is the running one, also in training. A sample with inf or NaN has no part
+    in the statistics and does not change the output of the others; a warning
+    names the layer, once for each network.
 
     Raises:
         ValueError: for an argument out of its range, or input of another
@@ -190,6 +193,7 @@ class CE(nn.Module):
         if self.has_ir:
             variance = per_sample.variance() if self.has_bd else instance_variance(x)
         batch = pool(per_sample, variance, pixels=x.shape[-1])
+        tell_of_left_out(self, len(x) * x.shape[-1] - batch.pixels)
         if norm is None or synchronizes(norm):
             batch = self._over_ranks(batch)
         if norm is not None:
@@ -213,9 +217,8 @@ class CE(nn.Module):
 
     def _scale(self, batch: BatchMoments) -> Tensor:
         """s of the batch, or the running one where no sample has a variance."""
-        if not batch.samples:
-            return self._read(self.running_scale, batch.variance)
-        return instance_scale(batch.variance, self.eps)
+        running = self._read(self.running_scale, batch.variance).squeeze(0)
+        return torch.where(batch.samples > 0, instance_scale(batch.variance, self.eps), running)
 
     def _running_statistics(self, x: Tensor, norm) -> Tuple[Statistics, Optional[Affine]]:
         """The tracked W and s, and v_n, which is the sample's own; the norm, if there is one."""

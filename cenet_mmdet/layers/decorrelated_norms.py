@@ -19,7 +19,8 @@ from .apply import apply_operator
 from .ce import fitting_group_size
 from .checks import check_eps_and_momentum, check_integers
 from .grouping import grouped, ungrouped
-from .moments import moments, pool, statistics_dtype
+from .moments import BatchMoments, moments, pool, statistics_dtype, track
+from .nonfinite import tell_of_left_out
 from .whitening import covariance, newton_whitening
 
 
@@ -97,7 +98,8 @@ class _WhiteningNorm(nn.Module):
         per_sample, x = moments(x)
         batch = pool(per_sample, None, x.shape[-1])
         whitening = self.whitening_matrix(covariance(batch, self.eps))
-        self._track(batch.mean, whitening)
+        tell_of_left_out(self, len(x) * x.shape[-1] - batch.pixels)
+        self._track(batch, whitening)
         return x, batch.mean, whitening
 
     def _running_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -108,12 +110,11 @@ class _WhiteningNorm(nn.Module):
         return mean.to(dtype, copy=True), self.running_whitening.to(dtype, copy=True)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, whitening: Tensor) -> None:
+    def _track(self, batch: BatchMoments, whitening: Tensor) -> None:
         """running = (1 - momentum) * running + momentum * new."""
-        for running, new in ((self.running_mean, mean.flatten()),
-                             (self.running_whitening, whitening)):
-            running.lerp_(new.to(running.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
+        track(self.running_mean, batch.mean, self.momentum, batch.pixels)
+        track(self.running_whitening, whitening, self.momentum, batch.pixels)
+        self.num_batches_tracked.add_(batch.pixels > 0)
 
     def _normalize(self, x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
         """A x + b with A = diag(gamma) W and b = beta - A mean, for x (N, G, d, L)."""
@@ -159,6 +160,8 @@ class IterNorm(_WhiteningNorm):
         - Output: as the input. An empty input gives an empty output and
           leaves the statistics as they are.
 
+    Samples with inf or NaN are left out of the statistics, as in CE.
+
     Raises:
         ValueError: for an argument out of its range, input of another rank or
             number of channels, or one value per channel in training.
@@ -197,8 +200,6 @@ class DBN(_WhiteningNorm):
 
     Raises:
         ValueError: as IterNorm.
-        torch.linalg.LinAlgError: in training, for input that is not finite;
-            it has no eigendecomposition.
     """
 
     def __init__(self,

@@ -5,6 +5,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..compat import is_compiling
+
 
 def grouped(x: Tensor, groups: int) -> Tensor:
     """x (N, C, ...) as (N, G, d, L), C = G * d, L pixels; a view, except of channels_last.
@@ -30,7 +32,7 @@ def ungrouped(out: Tensor, like: Tensor) -> Tensor:
 
 
 def _warn_of_copy(x: Tensor) -> None:
-    if _channels_last(x) and not torch.compiler.is_compiling():
+    if _channels_last(x) and not is_compiling():
         warnings.warn('CE, IterNorm and DBN work on NCHW feature maps: this channels_last input '
                       'is copied to NCHW, and the output back', stacklevel=4)
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..compat import is_compiling
+from .nonfinite import nonfinite_samples
+
 CACHE = 2 << 20  # bytes of deviations at a time, on the CPU
 
 
@@ -34,12 +37,13 @@ class BatchMoments(NamedTuple):
     """Moments over all samples and pixels of a batch, on one process or on many.
 
     `mean` and `scatter` are None where a layer has no BD branch, `variance`
-    where it has no IR branch. The counts are tensors after an all-reduce.
+    where it has no IR branch. The counts are scalar tensors: which samples are
+    finite is known on the device only.
     """
-    pixels: Union[int, Tensor]  # N * L, summed over the ranks
+    pixels: Tensor  # N * L, of the finite samples, summed over the ranks
     mean: Optional[Tensor]  # (G, d)
     scatter: Optional[Tensor]  # (G, d, d), about the mean
-    samples: Union[int, Tensor]  # those with a variance: N, or 0 where L = 1
+    samples: Tensor  # those with a variance: the finite ones, or 0 where L = 1
     variance: Optional[Tensor]  # (G, d), mean of v_n over these samples
 
 
@@ -64,22 +68,26 @@ def pool(per_sample: Optional[Moments], variance: Optional[Tensor], pixels: int)
     """Moments of the batch from those of its samples.
 
     The samples' scatter matrices and the scatter of their means about the
-    batch mean add up to the scatter of the whole batch.
+    batch mean add up to the scatter of the whole batch. Samples with inf or
+    NaN are left out.
 
     Args:
         per_sample: moments of each sample, None without a BD branch.
         variance: v_n, (N, G, d), None without an IR branch.
         pixels: L, pixels of each sample.
     """
-    samples = len(variance if per_sample is None else per_sample.mean)
+    deviations = per_sample.variance() if variance is None else variance
+    bad = nonfinite_samples(deviations).view(-1, 1, 1)
+    samples = (~bad).sum().to(deviations.dtype)
     mean = scatter = None
     if per_sample is not None:
-        mean = per_sample.mean.sum(0) / at_least_one(samples)
-        between = (per_sample.mean - mean).permute(1, 2, 0)  # (G, d, N)
-        scatter = torch.baddbmm(per_sample.scatter.sum(0), between, between.mT, alpha=pixels)
+        mean = per_sample.mean.masked_fill(bad, 0).sum(0) / at_least_one(samples)
+        between = (per_sample.mean - mean).masked_fill(bad, 0).permute(1, 2, 0)  # (G, d, N)
+        within = per_sample.scatter.masked_fill(bad.unsqueeze(-1), 0).sum(0)
+        scatter = torch.baddbmm(within, between, between.mT, alpha=pixels)
     if variance is not None:
-        variance = variance.sum(0) / at_least_one(samples)
-    return BatchMoments(samples * pixels, mean, scatter, samples if pixels > 1 else 0, variance)
+        variance = variance.masked_fill(bad, 0).sum(0) / at_least_one(samples)
+    return BatchMoments(samples * pixels, mean, scatter, samples * (pixels > 1), variance)
 
 
 def instance_variance(x: Tensor) -> Tensor:
@@ -89,12 +97,10 @@ def instance_variance(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def track(running: Tensor, new: Tensor, weight: float, pixels: Union[int, Tensor]) -> None:
+def track(running: Tensor, new: Tensor, weight: float, pixels: Tensor) -> None:
     """running = (1 - weight) * running + weight * new, unless there was nothing in the batch."""
     new = new.view(running.shape).to(running.dtype)
-    if isinstance(pixels, Tensor):  # known on the device only
-        new = torch.where(pixels > 0, new, running)
-    running.lerp_(new, weight)
+    running.lerp_(torch.where(pixels > 0, new, running), weight)
 
 
 def at_least_one(count: Union[int, Tensor]) -> Union[int, Tensor]:
@@ -120,7 +126,7 @@ def _pieces(x: Tensor, dim: int) -> Tuple[Tensor, ...]:
 
 def _piece(x: Tensor, dim: int) -> Optional[int]:
     """Length of such pieces along `dim`; None on a GPU and for compilers, to leave x whole."""
-    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+    if x.device.type != 'cpu' or is_compiling():
         return None
     size = x.numel() * statistics_dtype(x.dtype).itemsize
     return at_least_one(x.shape[dim] * CACHE // at_least_one(size))

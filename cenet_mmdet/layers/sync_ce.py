@@ -1,14 +1,12 @@
 """Channel Equilibrium with statistics over all ranks (section 5.4, "SyncCE")."""
 import copy
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .all_reduce import all_reduce
 from .ce import CE
 from .moments import BatchMoments
-from .reweighting import instance_scale
 
 
 class SyncCE(CE):
@@ -53,14 +51,6 @@ class SyncCE(CE):
 
     def _over_ranks(self, batch: BatchMoments) -> BatchMoments:
         return all_reduce(batch, self.process_group) if self.synchronizes else batch
-
-    def _scale(self, batch: BatchMoments) -> Tensor:
-        if not isinstance(batch.samples, Tensor):
-            return super()._scale(batch)
-        # The choice of CE._scale without waiting for the device.
-        running = self._read(self.running_scale, batch.variance)
-        return torch.where(batch.samples > 0, instance_scale(batch.variance, self.eps),
-                           running.squeeze(0))
 
 
 def _replace(module: nn.Module, old: type, new: type, **attributes) -> nn.Module:

@@ -1,0 +1,9 @@
+"""What differs between the releases that the package runs with, torch 2.1 and mmdet 3.3 on."""
+import torch
+
+if hasattr(torch.compiler, 'is_compiling'):
+    is_compiling = torch.compiler.is_compiling
+else:  # torch 2.1 and 2.2
+    from torch._dynamo.external_utils import is_compiling
+
+__all__ = ['is_compiling']

@@ -1,0 +1,327 @@
+"""What holds for every shape, type, layout and value that a layer may be fed.
+
+`make test` tries each property on a few examples, the same ones each time; `make test-long`
+on 1,500 others each.
+"""
+import copy
+import math
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sync_ranks import Ranks, reference_forward
+from torch import nn
+
+from cenet_mmdet import CE
+from cenet_mmdet.layers.batch_norm import can_fuse, norm_then_ce
+from cenet_mmdet.layers.ce import FREEZE_MODES
+
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:.*channels_last input is copied', 'ignore:.*samples with inf or NaN')
+
+CHANNELS = st.sampled_from([1, 2, 3, 7, 8, 12, 16, 24, 31, 37])
+SCALES = (1e-6, 1e-3, 1., 1e2, 1e4)
+OFFSETS = (0., 1., -30., 1e4)
+LAYOUTS = ('contiguous', 'channels_last', 'transposed', 'sliced', 'one image repeated')
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """A layer's options, and the recipe of its input."""
+    shape: tuple
+    options: dict
+    training: bool
+    kind: str
+    scale: float
+    offset: float
+    seed: int
+
+    def layer(self, dtype=torch.float32):
+        """With running statistics that are those of some batch."""
+        torch.manual_seed(self.seed)
+        ce = CE(self.shape[1], dtype=dtype, **self.options)
+        if ce.freeze != 'all':
+            ce(torch.randn(3, self.shape[1], 4, 4, dtype=dtype))
+        return ce.train(self.training)
+
+    def input(self, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind == 'constant channels':
+            x[:, ::2] = 0.5
+        elif self.kind == 'nearly constant channels':
+            x[:, ::2] = 0.5 + 1e-7 * x[:, ::2]
+        elif self.kind == 'duplicated channels':
+            x[:, 1:] = x[:, :1]
+        elif self.kind == 'all zero':
+            x.zero_()
+        elif self.kind == 'one pixel stands out':
+            x.flatten()[:1] *= 1e3
+        return (x * self.scale + self.offset).to(dtype)
+
+
+KINDS = ('random', 'constant channels', 'nearly constant channels', 'duplicated channels',
+         'all zero', 'one pixel stands out')
+
+
+@st.composite
+def cases(draw, smallest=0, scales=SCALES, offsets=OFFSETS, kinds=KINDS):
+    """Shapes with N, H, W from `smallest` up, and all options."""
+    sizes = st.integers(smallest, 5)
+    spatial = draw(st.sampled_from([0, 1, 2, 2, 2, 3]))
+    shape = (draw(sizes), draw(CHANNELS), *(draw(sizes) for _ in range(spatial)))
+    options = dict(group_size=draw(st.none() | st.integers(1, 40)),
+                   bd_ratio=draw(st.sampled_from([None, 0., 0.4, 1.])),
+                   freeze=draw(st.sampled_from(FREEZE_MODES)),
+                   num_iters=draw(st.integers(1, 5)))
+    return Case(shape, options, draw(st.booleans()), draw(st.sampled_from(kinds)),
+                draw(st.sampled_from(scales)), draw(st.sampled_from(offsets)),
+                draw(st.integers(0, 999)))
+
+
+def state(*layers):
+    return {f'{index}.{name}': value.clone() for index, layer in enumerate(layers)
+            for name, value in layer.state_dict().items()}
+
+
+def close(ours, expected, digits=1e-9):
+    """Relative to the largest value: sums are not of order one."""
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=digits * max(largest, 1e-30))
+
+
+def close_states(ours, expected, digits=1e-9):
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        close(ours[name].double(), expected[name].double(), digits)
+
+
+@given(cases(), st.sampled_from([torch.float32, torch.float64, *HALF]))
+def test_finite_in_finite_out(case, dtype):
+    """Output of the input's shape and type, gradients and statistics, all finite."""
+    ce = case.layer(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = case.input(dtype).requires_grad_()
+    y = ce(x)
+    y.double().sum().backward()
+    assert (y.shape, y.dtype, x.grad.dtype) == (x.shape, dtype, dtype)
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(value.isfinite().all() for value in state(ce).values())
+    assert all(p.grad.isfinite().all() for p in ce.parameters() if p.grad is not None)
+
+
+@given(cases(), st.sampled_from([0.5, 0.9, 0.999]), st.booleans())
+def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
+    """Finite wherever float64's result can be represented in float16, behind a norm too."""
+    dtype = torch.float16
+    x = case.input(torch.float64)
+    largest = float(x.abs().max()) if x.numel() else 0.
+    assume(largest > 0)
+    x = (x / largest * share * torch.finfo(dtype).max).to(dtype)
+    ce = case.layer()
+    exact = copy.deepcopy(ce).double()
+    if behind_norm:
+        norm = nn.BatchNorm2d(case.shape[1]).train(case.training)
+        x = x.reshape(*x.shape[:2], -1, 1)
+        assume(x.numel() > norm.num_features)
+        y, expected = norm_then_ce(norm, ce, x), exact(copy.deepcopy(norm).double()(x.double()))
+    else:
+        y, expected = ce(x), exact(x.double())
+    representable = expected.abs() < 0.98 * torch.finfo(dtype).max
+    assert y.isfinite()[representable].all()
+    assert all(value.isfinite().all() for value in state(ce).values())
+
+
+@given(cases(scales=[1., 1e2], offsets=[0., 30.], kinds=['random', 'duplicated channels']))
+def test_float32_has_the_digits_of_float64(case):
+    assume(math.prod(case.shape[2:]) != 2)  # two pixels whiten to +-1: LayerNorm sees noise
+    ce = case.layer()
+    exact, x = copy.deepcopy(ce).double(), case.input()
+    close(ce(x).double(), exact(x.double()), 2e-3)
+
+
+@given(cases(), st.sampled_from(LAYOUTS))
+def test_layout_does_not_matter(case, layout):
+    x = case.input(torch.float64)
+    assume(x.dim() == 4)
+    if layout == 'one image repeated':
+        x = x[:1].expand(case.shape)
+    other = {'contiguous': x.contiguous,
+             'channels_last': lambda: x.contiguous(memory_format=torch.channels_last),
+             'transposed': lambda: x.mT.contiguous().mT,
+             'sliced': lambda: torch.cat([x, x], -1)[..., :x.shape[-1]],
+             'one image repeated': lambda: x}[layout]()
+    ours, theirs = case.layer(torch.float64), case.layer(torch.float64)
+    close(ours(other), theirs(x.contiguous()), 1e-12)
+    close_states(state(ours), state(theirs), 1e-12)
+
+
+@given(cases(smallest=1))
+def test_evaluation_does_not_mix_samples(case):
+    ce, x = case.layer(torch.float64).eval(), case.input(torch.float64)
+    before = state(ce)
+    together = ce(x)
+    for n in range(len(x)):
+        close(together[n:n + 1], ce(x[n:n + 1]), 1e-12)
+    assert all(torch.equal(before[name], value) for name, value in state(ce).items())
+
+
+@given(cases(smallest=1), st.randoms(use_true_random=False))
+def test_permuting_samples_permutes_outputs(case, random):
+    ours, theirs = case.layer(torch.float64), case.layer(torch.float64)
+    x = case.input(torch.float64)
+    order = random.sample(range(len(x)), len(x))
+    close(ours(x[order]), theirs(x)[order])
+    close_states(state(ours), state(theirs))
+
+
+@given(cases(smallest=1))
+def test_groups_are_whitened_by_themselves(case):
+    """BD on a group's channels alone gives what BD on all channels gives them."""
+    case = case._replace(options={**case.options, 'bd_ratio': 1., 'freeze': 'none'})
+    whole, x = case.layer(torch.float64).train(), case.input(torch.float64)
+    part = CE(whole.group_size, dtype=torch.float64, **{**case.options, 'group_size': None})
+    chosen = slice(-whole.group_size, None)
+    close(part(x[:, chosen]), whole(x)[:, chosen])
+
+
+@given(cases(smallest=1), st.sampled_from([float('nan'), float('inf'), -float('inf')]), st.data())
+def test_nonfinite_samples_are_contained(case, value, data):
+    """The others are treated, and the statistics moved, as if they were not there."""
+    x = case.input(torch.float64)
+    bad = data.draw(st.lists(st.booleans(), min_size=len(x), max_size=len(x)).map(torch.tensor))
+    spoilt = x.clone()
+    for n in bad.nonzero().flatten().tolist():
+        spoilt[n].view(-1)[data.draw(st.integers(0, x[n].numel() - 1))] = value
+    ours, theirs = case.layer(torch.float64), case.layer(torch.float64)
+    close(ours(spoilt)[~bad], theirs(x[~bad]))
+    close_states(state(ours), state(theirs))
+
+
+@given(cases(smallest=1, kinds=KINDS[:4]), st.booleans())
+def test_bn_and_ce_in_one_are_one_after_the_other(case, norm_learns):
+    """At scales where batch norm's own eps does not decide alone."""
+    assume(case.scale >= 1e-3 and case.offset < 1e4)
+    ce, x = case.layer(torch.float64), case.input(torch.float64)
+    norm = nn.BatchNorm2d(case.shape[1], dtype=torch.float64).train(norm_learns)
+    nn.init.uniform_(norm.weight, 0.1, 2)
+    nn.init.normal_(norm.bias)
+    x = x.reshape(*x.shape[:2], -1, 1)
+    assume(can_fuse(norm, ce, x))
+    apart = copy.deepcopy(norm), copy.deepcopy(ce)
+    close(norm_then_ce(norm, ce, x), apart[1](apart[0](x)), 1e-6)
+    close_states(state(norm, ce), state(*apart), 1e-6)
+
+
+@given(cases())
+def test_a_state_dict_is_all_there_is(case):
+    """A new layer with the state of another one, loaded strictly, computes the same."""
+    trained, x = case.layer(torch.float64), case.input(torch.float64)
+    trained(x)
+    fresh = CE(case.shape[1], dtype=torch.float64, **case.options)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.eval()(x), trained.eval()(x))
+
+
+@given(cases())
+def test_freezing_is_what_it_says(case):
+    """'all' moves no statistics, 'adaptive' and 'all' nothing that learns."""
+    ce, x = case.layer(torch.float64).train(), case.input(torch.float64)
+    before = state(ce)
+    ce(x)
+    moved = {name for name, value in state(ce).items() if not torch.equal(before[name], value)}
+    tracks = ce.freeze != 'all' and x.numel() > 0
+    assert ('0.num_batches_tracked' in moved) is tracks
+    assert bool(moved) is tracks
+    assert {p.requires_grad for p in ce.parameters()} <= {ce.freeze == 'none'}
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    with Ranks(3, tmp_path_factory.mktemp('ranks')) as started:
+        yield started
+
+
+@st.composite
+def splits(draw):
+    """Options, a seed, and each rank's (samples, height, width), of which some are empty."""
+    options = dict(group_size=draw(st.none() | st.integers(1, 16)),
+                   bd_ratio=draw(st.sampled_from([None, 0., 0.4, 1.])),
+                   freeze=draw(st.sampled_from(['none', 'adaptive'])))
+    shapes = [(draw(st.integers(0, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+              for _ in range(3)]
+    assume(any(n * h * w > 1 for n, h, w in shapes))
+    return dict(channels=draw(CHANNELS), options=options, shapes=shapes,
+                scale=draw(st.sampled_from([1e-3, 1., 1e2])), seed=draw(st.integers(0, 999)))
+
+
+@given(split=splits(), spoil=st.booleans())
+def test_splitting_a_batch_over_ranks_changes_nothing(ranks, split, spoil):
+    """Three real processes: outputs, gradients and buffers of one process on the whole batch.
+
+    Where one rank's first sample is spoilt by a NaN, those of the batch without it.
+    """
+    parts = Ranks.inputs(**split)
+    bad = next(rank for rank, x in enumerate(parts) if len(x)) if spoil else None
+    results = ranks.train(**split, bad=bad)
+    if spoil:
+        parts[bad] = parts[bad][1:]
+        assume(any(x.numel() > x.shape[1] for x in parts))
+    ce = Ranks.layer(CE, split['channels'], split['options'])
+    leaves = [x.requires_grad_() for x in parts]
+    outputs = reference_forward(ce, leaves)
+    if not spoil:  # the gradient of a sum with a NaN in it is NaN
+        torch.autograd.backward(outputs, [y.detach() for y in outputs])
+    for rank, (result, expected, x) in enumerate(zip(results, outputs, leaves)):
+        rows = slice(1, None) if rank == bad else slice(None)
+        close(torch.from_numpy(result['output'])[rows], expected.detach())
+        if not spoil:
+            close(torch.from_numpy(result['gradient']), x.grad, 1e-8)
+        for name, buffer in ce.named_buffers():
+            close(torch.from_numpy(result['buffers'][name]).double(), buffer.double())
+
+
+class TestTheUserIsTold:
+
+    @staticmethod
+    def network():
+        return nn.ModuleDict(dict(
+            stem=nn.Sequential(nn.Conv2d(3, 8, 3), CE(8)),
+            body=nn.Sequential(nn.Conv2d(8, 8, 3), CE(8)))), torch.randn(3, 3, 8, 8)
+
+    def test_once_and_by_the_first_layers_name(self):
+        parts, images = self.network()
+        model = nn.Sequential(parts['stem'], parts['body'])
+        images[1, 0, 4, 4] = float('inf')
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for _ in range(3):
+                model(images)
+        message, = [str(w.message) for w in caught]
+        assert message.startswith('0.1 (CE): samples with inf or NaN are left out')
+        assert 'learning rate' in message
+
+    def test_not_in_evaluation_and_not_of_finite_samples(self):
+        parts, images = self.network()
+        model = nn.Sequential(parts['stem'], parts['body'])
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            model(images)
+            model.eval()(images * float('nan'))
+
+    def test_a_layer_by_itself_is_named_by_its_type(self):
+        with pytest.warns(UserWarning, match='^CE: samples with inf or NaN'):
+            CE(4)(torch.full((2, 4, 3, 3), float('nan')))
+
+    def test_training_recovers(self):
+        """A batch with a NaN in it, then a clean one: the layer is as good as before."""
+        parts, images = self.network()
+        model = nn.Sequential(parts['stem'], parts['body'])
+        images[0] = float('nan')
+        with pytest.warns(UserWarning, match='left out'):
+            model(images)
+        assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+        assert model.eval()(torch.randn(2, 3, 8, 8)).isfinite().all()
