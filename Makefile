@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need. PYTHON names the interpreter to
 # build the environment with, STACK the releases in it (maintained or legacy, see
-# tools/stacks.py), VENV its folder.
+# cenet_mmdet/stacks.py), VENV its folder.
 PYTHON ?= python3
 STACK ?= maintained
 VENV ?= .venv$(if $(filter-out maintained,$(STACK)),-$(STACK))

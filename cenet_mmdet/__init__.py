@@ -12,8 +12,10 @@ left out; `python -m cenet_mmdet doctor` says how to mend an environment.
 import warnings
 from contextlib import contextmanager
 
+from .resources import config_path
+
 __version__ = '0.1.0'
-__all__ = []
+__all__ = ['config_path']
 _broken = []
 
 
@@ -41,11 +43,13 @@ with _part_for('torch'):
 with _part_for('mmengine'):
     from mmengine.registry import MODELS
 
+    from . import config_scope
     from .health import ChannelHealthHook
     from .resume import ExactResumeHook
 
     MODELS.register_module(module=CE)
     MODELS.register_module(module=SyncCE)
+    config_scope.install()
     __all__ += ['ChannelHealthHook', 'ExactResumeHook']
 
 with _part_for('mmcv'):

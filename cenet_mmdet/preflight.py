@@ -1,10 +1,10 @@
 """Finds missing and damaged files before a run starts, and says how to supply them."""
-import zipfile
 from pathlib import Path
 from typing import Iterator, List
 
-import torch
 from mmengine.config import Config, ConfigDict
+
+from .safe_load import load
 
 WEIGHTS_FIX = (
     'Put the file there, name it in the environment variable that the config reads '
@@ -66,7 +66,7 @@ def _not_resumable(cfg: Config) -> List[str]:
         intact = next((file for file in others if not _unreadable('', file, '')), None)
         return [problem + (f': --resume {intact}' if intact else '.') for problem in problems]
     if '://' not in str(path):
-        lacking = [key for key in RESUMABLE if key not in _load(path)]
+        lacking = [key for key in RESUMABLE if key not in load(path)]
         if lacking:
             problems = [f'not a checkpoint that a run can be resumed from: {path} has no '
                         f'{", ".join(lacking)}. To start a new run from its weights, pass '
@@ -79,7 +79,7 @@ def _unreadable(what: str, path, fix: str) -> List[str]:
     if problems or '://' in str(path):
         return problems
     try:
-        checkpoint = _load(path)
+        checkpoint = load(path)
     except Exception as error:  # damaged pickles raise about anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return [f'{what} damaged: {path} is truncated or was not written by torch.save '
@@ -87,11 +87,6 @@ def _unreadable(what: str, path, fix: str) -> List[str]:
     if not isinstance(checkpoint, dict):
         return [f'{what} without weights: {path} holds no state dict. {fix}']
     return []
-
-
-def _load(path):
-    """What torch.save wrote, its tensors left on the disk where the format allows."""
-    return torch.load(path, map_location='cpu', weights_only=False, mmap=zipfile.is_zipfile(path))
 
 
 def _missing_data(dataset: ConfigDict) -> List[str]:
@@ -145,7 +140,7 @@ def _whole_model(backbone: dict) -> List[str]:
         path = init_cfg.checkpoint
         if '://' in str(path) or init_cfg.get('prefix') or backbone.type.startswith('CE'):
             return []  # CE backbones find themselves in whole models
-        checkpoint = _load(path)
+        checkpoint = load(path)
         entries = checkpoint.get('state_dict', checkpoint)
         if any(key.startswith('backbone.') for key in entries):
             return [f'{path} holds a whole model, in which {backbone.type} would find none of its '

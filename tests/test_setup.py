@@ -8,8 +8,7 @@ from conftest import LEGACY, ROOT, run
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import setup_env
-from setup_env import SetupError, Steps, ninja_progress, pip_progress
-from stacks import STACKS
+from setup_env import STACKS, SetupError, Steps, ninja_progress, pip_progress
 
 STACK = STACKS['legacy' if LEGACY else 'maintained']
 

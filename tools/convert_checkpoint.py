@@ -11,7 +11,7 @@ network's before anything is written. CEResNet loads all these files without
 conversion, too; what this makes of them holds the weights alone and opens with
 torch.load(..., weights_only=True).
 
-Reading SRC unpickles it, which can run code: convert what you trust.
+No code that SRC may hold is run.
 """
 import argparse
 import os
@@ -50,11 +50,12 @@ def check_paths(src, dst):
 
 def read(path):
     """What torch.save wrote, or an exit with one line."""
-    is_zip = zipfile.is_zipfile(path)
+    from cenet_mmdet.safe_load import load
+
     try:
-        if is_zip:
+        if zipfile.is_zipfile(path):
             check_sums(path)
-        return torch.load(path, map_location='cpu', weights_only=False, mmap=is_zip)
+        return load(path)
     except Exception as error:  # damaged pickles raise about anything
         sys.exit(f'checkpoint damaged, or not written by torch.save: {path} '
                  f'({first_line(error)}). Get or write it again.')

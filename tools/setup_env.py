@@ -12,6 +12,7 @@ the legacy stack 3.9 to 3.11; the environment of the caller is never touched.
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import threading
 import time
 from pathlib import Path
 
-from stacks import STACKS
-
 ROOT = Path(__file__).resolve().parent.parent
+# Not imported: the package imports torch, of whatever environment this is run in.
+STACKS = runpy.run_path(str(ROOT / 'cenet_mmdet' / 'stacks.py'))['STACKS']
 BUILD = ROOT / 'build'
 
 # What the finished environment must be able to do, run inside it.
@@ -251,6 +252,9 @@ def check(steps, python):
 
 
 def set_up(venv, stack):
+    if not (ROOT / 'setup.py').is_file():
+        raise SetupError(f'this tool sets up a checkout, and {ROOT} is none. In an environment of '
+                         'your own, `cenet-mmdet doctor` says what is missing.')
     if not stack.runs_on(sys.version_info):
         version = '.'.join(map(str, sys.version_info[:3]))
         raise SetupError(f'The pinned stack needs Python {stack.pythons}, this is {version}. '

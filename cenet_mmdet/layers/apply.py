@@ -1,7 +1,8 @@
 """Step 4 of a CE layer: apply the operator to the feature map.
 
 CE's operator acts on x, not on x - mean. Behind a batch norm that is computed with it
-(`batch_norm.py`), the feature map is the norm's input, and the norm a part of the operator.
+(`batch_norm.py`), the feature map is the norm's input z, and the norm a part of the matrix.
+Half precision has `half_precision.py`.
 """
 from typing import Optional
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batch_norm import Affine
+from .half_precision import HALF, half_centred_product, half_product
 
 
 def apply_operator(operator: Tensor, x: Tensor, affine: Optional[Affine] = None) -> Tensor:
@@ -19,24 +21,39 @@ def apply_operator(operator: Tensor, x: Tensor, affine: Optional[Affine] = None)
         x: grouped feature map (N, G, d, L); with `affine`, the one that it maps to x.
         affine: what lies between the feature map and x.
     """
-    if affine is None:
-        return operator.to(x.dtype) @ x
-    return _apply_affine(operator, affine, x)
+    if affine is not None:
+        # operator (scale * (z - mean) + shift)
+        return apply_centred(operator * affine.scale.unsqueeze(-2), affine.mean,
+                             (operator @ affine.shift.unsqueeze(-1)).squeeze(-1), x)
+    if x.dtype in HALF:
+        matrix, rows = _batch(operator, x)
+        return half_product(matrix, rows).view(x.shape)
+    return operator @ x
 
 
-def _apply_affine(operator: Tensor, affine: Affine, z: Tensor) -> Tensor:
-    """operator (scale * (z - mean) + shift) as M z + b, for z (N, G, d, L)."""
-    matrix = (operator * affine.scale.unsqueeze(-2)).to(z.dtype)
-    # b is made of the M that is applied, rounded to half precision or not: an error of M
-    # then acts on z - mean, and not on an offset of z.
-    bias = (operator @ affine.shift.unsqueeze(-1)
-            - matrix.to(operator.dtype) @ affine.mean.unsqueeze(-1))
-    n, groups, d, pixels = z.shape
-    matrix = matrix.expand(n, groups, d, d).reshape(n * groups, d, d)
-    bias = bias.to(z.dtype).expand(n, groups, d, 1).reshape(n * groups, d, 1)
-    return torch.baddbmm(bias, matrix, z.reshape(n * groups, d, pixels)).view(z.shape)
+def apply_centred(matrix: Tensor, mean: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """M (x - mean) + b as one batched product.
+
+    Args:
+        matrix: M, (N, G, d, d) or (G, d, d).
+        mean: (G, d).
+        bias: b, (N, G, d) or (G, d).
+        x: grouped feature map (N, G, d, L).
+    """
+    matrix, rows = _batch(matrix, x)
+    mean, bias = (vector.expand(x.shape[:3]).reshape(*rows.shape[:2], 1) for vector in (mean, bias))
+    if x.dtype in HALF:
+        return half_centred_product(matrix, mean, bias, rows).view(x.shape)
+    return torch.baddbmm(bias - matrix @ mean, matrix, rows).view(x.shape)
 
 
 def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
     """p_n = diag(w_n) x_n: (N, G, d) by grouped feature map (N, G, d, L)."""
     return weights.to(x.dtype).unsqueeze(-1) * x
+
+
+def _batch(matrix: Tensor, x: Tensor):
+    """Matrices and feature map with samples and groups as one batch: (B, d, d), (B, d, L)."""
+    n, groups, d, pixels = x.shape
+    return (matrix.expand(n, groups, d, d).reshape(n * groups, d, d),
+            x.reshape(n * groups, d, pixels))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .apply import apply_operator
+from .apply import apply_centred
 from .ce import fitting_group_size
 from .checks import check_eps_and_momentum, check_integers
 from .grouping import grouped, ungrouped
@@ -118,17 +118,10 @@ class _WhiteningNorm(nn.Module):
 
     def _normalize(self, x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
         """A x + b with A = diag(gamma) W and b = beta - A mean, for x (N, G, d, L)."""
-        operator = whitening
-        if self.affine:
-            operator = self.weight.to(mean.dtype).view_as(mean).unsqueeze(-1) * whitening
-        # b is made of the A that is applied, rounded to half precision or not:
-        # an error of A then acts on x - mean, and not on an offset of x.
-        operator = operator.to(x.dtype)
-        shift = -(operator.to(mean.dtype) @ mean.unsqueeze(-1))
-        if self.affine:
-            shift = shift + self.bias.to(mean.dtype).view_as(shift)
-        # In place, as a sum of its own would be a second map; b may stay in float32.
-        return apply_operator(operator, x).add_(shift)
+        if not self.affine:
+            return apply_centred(whitening, mean, torch.zeros_like(mean), x)
+        gamma, beta = (p.to(mean.dtype).view_as(mean) for p in (self.weight, self.bias))
+        return apply_centred(gamma.unsqueeze(-1) * whitening, mean, beta, x)
 
     def extra_repr(self) -> str:
         return (f'{self.num_features}, group_size={self.group_size}, eps={self.eps}, '

@@ -7,7 +7,6 @@ Kept to show how the file came about. Running it again would replace what is mea
 from pathlib import Path
 
 import torch
-
 from golden_networks import NETWORKS
 
 FILE = Path(__file__).parent / 'golden_checkpoint.pth'

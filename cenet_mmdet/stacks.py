@@ -1,4 +1,7 @@
-"""The releases that are tested together; `tools/setup_env.py --stack NAME` installs one."""
+"""The releases that are tested together: `tools/setup_env.py` installs them, `doctor` knows them.
+
+Needs the standard library alone.
+"""
 from typing import NamedTuple, Tuple
 
 
@@ -6,7 +9,7 @@ class Stack(NamedTuple):
     """What is pinned, as pip's requirements."""
     oldest: Tuple[int, int]  # Python
     newest: Tuple[int, int]
-    basics: Tuple[str, ...]  # needed to build mmcv
+    setuptools: str
     torch: str
     numpy: str
     # opencv-python (asked for by mmcv) and its headless twin share one folder. Installed
@@ -16,6 +19,11 @@ class Stack(NamedTuple):
     mmcv: str
     mmdet: str
     mmpretrain: str
+
+    @property
+    def basics(self) -> Tuple[str, ...]:
+        """What building mmcv needs."""
+        return ('pip>=23.2', self.setuptools, 'wheel', 'ninja', 'psutil')
 
     @property
     def pins(self) -> Tuple[str, ...]:
@@ -38,7 +46,7 @@ STACKS = {
         oldest=(3, 10),
         newest=(3, 13),
         # mmcv's build needs setuptools >= 80; pkg_resources is gone from 81 on.
-        basics=('pip>=23.2', 'setuptools>=80,<81', 'wheel', 'ninja', 'psutil'),
+        setuptools='setuptools>=80,<81',
         torch='torch==2.13.0',
         numpy='numpy>=2.2,<2.3',
         opencv=('opencv-python-headless==4.12.0.88', 'opencv-python==4.12.0.88'),
@@ -49,7 +57,7 @@ STACKS = {
     'legacy': Stack(
         oldest=(3, 9),
         newest=(3, 11),
-        basics=('pip>=23.2', 'setuptools<81', 'wheel', 'ninja', 'psutil'),
+        setuptools='setuptools<81',
         torch='torch==2.1.2',
         numpy='numpy<2',
         opencv=('opencv-python-headless==4.11.0.86', 'opencv-python==4.11.0.86'),
