@@ -27,6 +27,9 @@ FEW_ROIS = ['model.train_cfg.rcnn.sampler.num=16', 'model.train_cfg.rpn_proposal
 # The legacy stack, see cenet_mmdet/stacks.py.
 LEGACY = torch.__version__.startswith('2.1.')
 
+# What can be computed in on CPUs: torch 2.1 has neither float16 autocast nor products there.
+HALF = {'bfloat16': torch.bfloat16, **({} if LEGACY else {'float16': torch.float16})}
+
 # `make test` and `make test-long`, whose properties are tried on 10,000 examples and more.
 settings.register_profile('short', deadline=None, max_examples=30, derandomize=True)
 settings.register_profile('long', deadline=None, max_examples=1500, print_blob=True,

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from conftest import HALF
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -171,7 +172,7 @@ class TestWhereItApplies:
         norm = revert_sync_batchnorm(nn.SyncBatchNorm(16))
         assert can_fuse(norm, CE(16), maps(2, 16, 4, 4))
 
-    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
     def test_half_precision(self, dtype):
         """Output in the input's type, statistics in float32, errors like those of the parts."""
         norm, ce = pair({}, {}, dtype=torch.float32)

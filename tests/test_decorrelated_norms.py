@@ -1,6 +1,7 @@
 """IterNorm and DBN: what they whiten, their gradients, statistics and bad input."""
 import pytest
 import torch
+from conftest import HALF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -8,7 +9,6 @@ from torch import nn
 from cenet_mmdet.layers.decorrelated_norms import DBN, IterNorm, inverse_root
 
 LAYERS = [IterNorm, DBN]
-HALF = [torch.float16, torch.bfloat16]
 
 each_layer = pytest.mark.parametrize('layer', LAYERS)
 
@@ -311,7 +311,7 @@ class TestInput:
         assert torch.equal(plain(x), affine(x))
 
     @each_layer
-    @pytest.mark.parametrize('dtype', HALF)
+    @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
     @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
     def test_half_precision(self, layer, dtype, training):
         """Output of the input's type, float32 statistics, float32's values up to rounding."""

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from conftest import HALF, LEGACY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -294,12 +295,12 @@ class TestModes:
         torch.testing.assert_close(ce.running_whitening[0], expected)
         assert ce.num_batches_tracked == 1
 
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
     def test_half_precision_keeps_its_type_and_float32_statistics(self, dtype):
         torch.manual_seed(0)
         ce = CE(16)
         x = random_input(2, 16, 12, 12, dtype=torch.float32) + 3
-        with torch.autocast('cpu', dtype=dtype):
+        with torch.autocast('cpu', dtype):
             y = ce(x.to(dtype))
         assert y.dtype == dtype
         torch.manual_seed(0)
@@ -328,9 +329,13 @@ class TestModes:
 
     @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
     def test_torch_compile_without_graph_breaks(self, training):
-        """Traced whole, forward and backward; tracing needs no compiler."""
+        """Traced whole, forward and backward; tracing needs no compiler.
+
+        torch 2.1 traces no custom gradients: it breaks the graph there.
+        """
         plain = double(8).train(training)
-        compiled = torch.compile(copy.deepcopy(plain), backend='aot_eager', fullgraph=True)
+        compiled = torch.compile(copy.deepcopy(plain), backend='aot_eager',
+                                 fullgraph=not LEGACY)
         x, grad = random_input(2, 8, 4, 4), random_input(2, 8, 4, 4, seed=1)
         results = []
         for ce in (compiled, plain):

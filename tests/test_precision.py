@@ -7,15 +7,13 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, tool
+from conftest import HALF, ROOT, tool
 from mmdet.models import MaskRCNN
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from cenet_mmdet import CE, CEResNet
-
-HALF = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 @MODELS.register_module()

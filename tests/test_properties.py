@@ -4,12 +4,12 @@
 on 1,500 others each.
 """
 import copy
-import math
 import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import HALF
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sync_ranks import Ranks, reference_forward
@@ -26,7 +26,6 @@ CHANNELS = st.sampled_from([1, 2, 3, 7, 8, 12, 16, 24, 31, 37])
 SCALES = (1e-6, 1e-3, 1., 1e2, 1e4)
 OFFSETS = (0., 1., -30., 1e4)
 LAYOUTS = ('contiguous', 'channels_last', 'transposed', 'sliced', 'one image repeated')
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Case(NamedTuple):
@@ -99,7 +98,7 @@ def close_states(ours, expected, digits=1e-9):
         close(ours[name].double(), expected[name].double(), digits)
 
 
-@given(cases(), st.sampled_from([torch.float32, torch.float64, *HALF]))
+@given(cases(), st.sampled_from([torch.float32, torch.float64, *HALF.values()]))
 def test_finite_in_finite_out(case, dtype):
     """Output of the input's shape and type, gradients and statistics, all finite."""
     ce = case.layer(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -115,6 +114,7 @@ def test_finite_in_finite_out(case, dtype):
     assert all(p.grad.isfinite().all() for p in ce.parameters() if p.grad is not None)
 
 
+@pytest.mark.skipif('float16' not in HALF, reason='torch 2.1 has no float16 products on CPUs')
 @given(cases(), st.sampled_from([0.5, 0.9, 0.999]), st.booleans())
 def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
     """Finite wherever float64's result can be represented in float16, behind a norm too."""
@@ -139,7 +139,7 @@ def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
 
 @given(cases(scales=[1., 1e2], offsets=[0., 30.], kinds=['random', 'duplicated channels']))
 def test_float32_has_the_digits_of_float64(case):
-    assume(math.prod(case.shape[2:]) != 2)  # two pixels whiten to +-1: LayerNorm sees noise
+    assume(case.shape[1] >= 8)  # else F's LayerNorm is over one value: rounding, magnified
     ce = case.layer()
     exact, x = copy.deepcopy(ce).double(), case.input()
     close(ce(x).double(), exact(x.double()), 2e-3)
