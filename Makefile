@@ -7,7 +7,7 @@ VENV ?= .venv$(if $(filter-out maintained,$(STACK)),-$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint clean
+.PHONY: help setup demo test test-long test-core lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,11 +24,23 @@ test: setup  ## run the test suite
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --ignore tests/test_distributed.py
 	$(RUN) -m pytest tests/test_distributed.py
 
-test-long: setup  ## run the tests that take minutes each: killed runs, mixed precision
+test-long: setup  ## run what takes minutes: killed runs, mixed precision, properties on 18,000 examples
 	$(RUN) -m pytest -m long -s
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py --hypothesis-profile long \
+		--hypothesis-show-statistics
+
+# The layers need torch alone, and an older Python than the stacks; TORCH is pip's.
+CORE = .venv-core-$(notdir $(PYTHON))
+TORCH ?= torch numpy
+test-core:  ## test the layers alone: make test-core PYTHON=python3.9 TORCH='torch==2.1.2 numpy<2'
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python -m pip install $(foreach name,$(TORCH),'$(name)') pytest hypothesis
+	$(CORE)/bin/python -m pip install --no-deps --editable .
+	$(CORE)/bin/python -m pytest tests/test_layer.py tests/test_parity.py tests/test_properties.py \
+		tests/test_decorrelated_norms.py
 
 lint: setup  ## check style
 	$(VENV)/bin/ruff check .
 
 clean:  ## delete what the commands above left behind, except data/
-	rm -rf $(VENV) build work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -36,6 +36,15 @@ class NormCE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.ce(x)) if self.before else norm_then_ce(self.norm, self.ce, x)
 
+    def init_weights(self) -> None:
+        """Undo what an initialization meant for the norm did to CE; MMEngine calls this after it.
+
+        `zero_init_residual` sets all weights found in the norm's place to 0, from which the IR
+        subnetwork cannot learn. A CE layer that was trained or loaded stays as it is.
+        """
+        if isinstance(self.ce, CE) and not self.ce.num_batches_tracked:
+            self.ce.reset_parameters()
+
     def extra_repr(self) -> str:
         return 'ce first' if self.before else ''
 

@@ -2,10 +2,11 @@
 
     norm_cfg = dict(type='CEBN', ce_cfg=dict(group_size=16))
 """
-from typing import Dict, Optional
+from typing import Dict, Iterator, Optional
 
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
+from torch import nn
 
 from .insert import NormCE, build_layer
 from .layers import DBN, IterNorm
@@ -26,6 +27,12 @@ class _CENorm(NormCE):
     def __init__(self, num_features: int, ce_cfg: Optional[Dict] = None, **kwargs) -> None:
         _, norm = build_norm_layer(dict(type=self.norm_type, **kwargs), num_features)
         super().__init__(norm, build_layer(ce_cfg, num_features))
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        # MMCV sets requires_grad of all of these, once built: not of what CE has frozen.
+        is_frozen = getattr(self.ce, 'freeze', 'none') != 'none'
+        frozen = set(map(id, self.ce.parameters())) if is_frozen else set()
+        return (p for p in super().parameters(recurse) if id(p) not in frozen)
 
 
 @MODELS.register_module()

@@ -36,7 +36,7 @@ settings.register_profile('long', deadline=None, max_examples=1500, print_blob=T
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('short')
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 
 
 @pytest.fixture(scope='session')

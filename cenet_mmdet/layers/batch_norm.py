@@ -48,18 +48,30 @@ def norm_then_ce(norm: nn.Module, ce: nn.Module, z: Tensor) -> Tensor:
 def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:
     """Whether `ce(norm(z))` may be computed in one.
 
-    A batch norm in front of a CE with BD can; nobody may want to see what goes from one to
-    the other (forward hooks). Where batch norm learns its statistics and CE does not, or
-    only one of them over several ranks, each works for itself.
+    A batch norm in front of a CE with BD can, if both are called as they are: nobody may want to
+    see what goes from one to the other, or to be asked first (hooks, wrappers). Where batch norm
+    learns its statistics and CE does not, or only one of them over several ranks, each works for
+    itself.
     """
     return (isinstance(norm, _BatchNorm)
             and type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
-            and getattr(ce, 'has_bd', False)
+            and hasattr(type(ce), 'forward_behind')  # not of a wrapper: FSDP's has the weights
+            and ce.has_bd
             and (ce.uses_batch_statistics or not uses_batch(norm))
             and (_share_ranks(norm, ce) if synchronizes(norm)
                  else z.numel() > norm.num_features)  # one value per channel: the norm refuses
-            and not (norm._forward_hooks or norm._forward_pre_hooks
-                     or ce._forward_hooks or ce._forward_pre_hooks))
+            and _as_it_is(norm) and _as_it_is(ce))
+
+
+def _as_it_is(module: nn.Module) -> bool:
+    """Whether calling the module is its class's forward and no more.
+
+    Hooks look at what comes in and goes out, either way; MMEngine's activation checkpointing
+    puts another forward into the module.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks,
+             module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and 'forward' not in vars(module)
 
 
 def affine_of(norm: _BatchNorm, shape: torch.Size, dtype: torch.dtype,
