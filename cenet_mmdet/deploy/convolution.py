@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..compat import is_exporting
 from ..layers import CE
 from ..layers.moments import at_least_one, moments
 
@@ -83,7 +84,7 @@ class CEConv2d(nn.Module):
 
     def _is_large(self, u: Tensor) -> bool:
         # An exported program has one form for all sizes.
-        return (torch.compiler.is_exporting()
+        return (is_exporting()
                 or u.shape[2] * u.shape[3] > PIXELS_PER_CHANNEL * u.shape[1])
 
     def _without_x(self, u: Tensor) -> Tensor:

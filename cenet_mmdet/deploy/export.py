@@ -11,6 +11,8 @@ from typing import Dict, Iterator, List, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from ..compat import CAN_EXPORT
+
 STRIDE = 32  # heights and widths are multiples of it, as MMDetection pads them
 PACKAGES = ('onnx', 'onnxscript')
 
@@ -60,7 +62,8 @@ def export_onnx(model: nn.Module, path: Union[str, os.PathLike], images: Tensor)
         The names of the outputs: feature maps first, then what the head makes of them.
 
     Raises:
-        ImportError: if a package that torch needs for ONNX is not installed.
+        ImportError: if torch is older than 2.7, or a package that it needs for ONNX is not
+            installed.
         ValueError: if H or W is no multiple of 32.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -70,6 +73,9 @@ def export_onnx(model: nn.Module, path: Union[str, os.PathLike], images: Tensor)
     if any(size % STRIDE for size in images.shape[2:]):
         raise ValueError(f'height and width must be multiples of {STRIDE}, '
                          f'got {images.shape[2]} x {images.shape[3]}')
+    if not CAN_EXPORT:
+        raise ImportError(f'ONNX export needs torch 2.7 or newer, this is {torch.__version__}: '
+                          'fold and export in an environment with a newer one')
     dense = DensePart(model).eval()
     with torch.no_grad():
         names = list(dense.outputs(images))
