@@ -30,7 +30,7 @@ NOT_HERE = {
     'configs/cifar10': 'needs CIFAR-10; test_pretrain.py trains on generated files',
     'make demo': 'sets up an environment; test_tools.py runs the demo',
     'make test': 'runs this test',
-    'pip install': 'changes the environment of the tests; test_package.py installs elsewhere',
+    'pip install': 'changes the environment of the tests; test_packaging.py installs elsewhere',
     'benchmark.py layers': 'minutes for timings; test_tools.py runs benchmark.py',
 }
 

@@ -16,6 +16,7 @@ from sync_ranks import Ranks, reference_forward
 from torch import nn
 
 from cenet_mmdet import CE
+from cenet_mmdet.layers import nonfinite
 from cenet_mmdet.layers.batch_norm import can_fuse, norm_then_ce
 from cenet_mmdet.layers.ce import FREEZE_MODES
 
@@ -305,6 +306,19 @@ class TestTheUserIsTold:
         message, = [str(w.message) for w in caught]
         assert message.startswith('0.1 (CE): samples with inf or NaN are left out')
         assert 'learning rate' in message
+
+    def test_late_where_a_look_waits_for_the_device(self, monkeypatch):
+        """As on a GPU, where nobody looks at each batch: nothing is forgotten in between."""
+        monkeypatch.setitem(nonfinite.LOOK_EVERY, 'cpu', 3)
+        ce, batches = CE(4), torch.randn(7, 2, 4, 3, 3)
+        batches[1, 0] = float('nan')
+        told = []
+        for batch in batches:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
+                ce(batch)
+            told.append(len(caught))
+        assert told == [0, 0, 0, 1, 0, 0, 0]
 
     def test_not_in_evaluation_and_not_of_finite_samples(self):
         parts, images = self.network()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..compat import is_compiling
 
-# Batches between two looks on a GPU: each look waits for it.
-LOOK_EVERY = 100
+# Batches from one look to the next, by the kind of device: each look waits for a GPU.
+LOOK_EVERY = {'cpu': 1, 'cuda': 100}
 
 _told = WeakSet()  # layers, and networks they are in
-_on_device = WeakKeyDictionary()  # layer -> batches since the last look, pixels left out
+_left_out = WeakKeyDictionary()  # layer -> batches since the last look, pixels left out
 
 
 def nonfinite_samples(variance: Tensor) -> Tensor:
@@ -37,13 +37,11 @@ def tell_of_left_out(layer: nn.Module, left_out: Tensor) -> None:
     """
     if is_compiling() or layer in _told:
         return
-    if left_out.device.type != 'cpu':
-        batches, before = _on_device.get(layer, (0, 0))
-        left_out = left_out + before
-        _on_device[layer] = (batches + 1) % LOOK_EVERY, left_out
-        if batches:
-            return
-    if left_out:
+    batches, before = _left_out.get(layer, (0, 0))
+    left_out = left_out + before
+    every = LOOK_EVERY.get(left_out.device.type, LOOK_EVERY['cuda'])
+    _left_out[layer] = (batches + 1) % every, left_out
+    if batches == 0 and left_out:
         _told.add(layer)
         _warn(layer)
 
