@@ -300,7 +300,8 @@ def test_registered_where_every_library_sees_it():
 
 @pytest.mark.skipif(LEGACY, reason="torch 2.1's tracer fails on properties that make new objects, "
                                    'which CEResNet has; its CE layers compile there')
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('training', [
+    pytest.param(True, marks=pytest.mark.long), False], ids=['train', 'eval'])
 def test_torch_compile_without_graph_breaks(training):
     """The whole backbone; tracing needs no compiler."""
     plain = CEResNet(18, **SLIM)

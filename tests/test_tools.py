@@ -254,6 +254,7 @@ class TestRealImages:
                    '--cfg-options', *small, cwd=tmp_path, env=env).stdout
         assert 'segm_mAP_copypaste' in out
 
+    @pytest.mark.long
     def test_learns_a_handful_of_images_from_scratch(self, real_coco, tmp_path):
         """Learning norms and CE: the loss falls by half within 60 iterations."""
         out = tool(
