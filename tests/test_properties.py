@@ -138,6 +138,35 @@ def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
     assert all(value.isfinite().all() for value in state(ce).values())
 
 
+@pytest.mark.skipif('float16' not in HALF, reason='torch 2.1 has no float16 products on CPUs')
+class TestFloat16:
+
+    @pytest.mark.parametrize('bd_ratio', [None, 0., 1.])
+    def test_gradients_that_are_sums_over_pixels_do_not_overflow(self, bd_ratio):
+        """4,096 pixels of about 100: their sum is far beyond 65504."""
+        ce = CE(8, bd_ratio=bd_ratio)
+        x = (torch.randn(1, 8, 64, 64) + 100).half()
+        exact, images = copy.deepcopy(ce).double(), x.double().requires_grad_()
+        ce(x.requires_grad_()).double().sum().backward()
+        exact(images).sum().backward()
+        for ours, theirs in zip((x, *ce.parameters()), (images, *exact.parameters())):
+            close(ours.grad.double(), theirs.grad, 0.02)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_a_channel_that_hardly_varies_about_a_large_mean(self, training):
+        """Behind a norm, where it is divided by next to nothing."""
+        norm, ce = nn.BatchNorm2d(4).train(training), CE(4).train(training)
+        z = torch.randn(2, 4, 6, 6)
+        z[:, 0] = 3e4
+        z[:, 1] = 3e4
+        z[0, 1, 0, 0] += 16
+        z = z.half()
+        norm.running_mean[:2] = 3e4
+        expected = copy.deepcopy(ce).double()(copy.deepcopy(norm).double()(z.double()))
+        torch.testing.assert_close(norm_then_ce(norm, ce, z).double(), expected, rtol=0.01,
+                                   atol=0.01)
+
+
 @given(cases(scales=[1., 1e2], offsets=[0., 30.], kinds=['random', 'duplicated channels']))
 def test_float32_has_the_digits_of_float64(case):
     assume(case.shape[1] >= 8)  # else F's LayerNorm is over one value: rounding, magnified

@@ -49,7 +49,8 @@ def apply_centred(matrix: Tensor, mean: Tensor, bias: Tensor, x: Tensor) -> Tens
 
 def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
     """p_n = diag(w_n) x_n: (N, G, d) by grouped feature map (N, G, d, L)."""
-    return weights.to(x.dtype).unsqueeze(-1) * x
+    # In float32 also for half precision, for the weights' gradient is a sum over the pixels.
+    return (weights.unsqueeze(-1) * x).to(x.dtype)
 
 
 def _batch(matrix: Tensor, x: Tensor):
