@@ -17,7 +17,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     apply_activation_checkpointing,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -302,6 +301,7 @@ def shard_ce(model):
 
 
 def fully_shard(model):
+    from torch.distributed.device_mesh import init_device_mesh  # torch 2.2
     for layer in [*ce_layers(model).values(), model]:
         fsdp.fully_shard(layer, mesh=init_device_mesh('cpu', (2, )))
     return model
