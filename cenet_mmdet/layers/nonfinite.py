@@ -37,8 +37,8 @@ def tell_of_left_out(layer: nn.Module, left_out: Tensor) -> None:
     """
     if is_compiling() or layer in _told:
         return
-    batches, before = _left_out.get(layer, (0, 0))
-    left_out = left_out + before
+    batches, before = _left_out.get(layer, (0, left_out.new_zeros(())))
+    left_out = left_out + before.to(left_out.device)  # the layer may have been moved
     every = LOOK_EVERY.get(left_out.device.type, LOOK_EVERY['cuda'])
     _left_out[layer] = (batches + 1) % every, left_out
     if batches == 0 and left_out:
