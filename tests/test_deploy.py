@@ -217,6 +217,7 @@ def test_blocks_whose_norm_comes_first_stay_as_they_are():
     assert isinstance(model.bn1, nn.BatchNorm2d)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CAN_EXPORT, reason='needs torch 2.7')
 def test_compiles_and_exports_without_graph_breaks():
     folded = fuse_ce(trained(NETWORKS['CE-ResNet-50'], torch.float32))

@@ -233,6 +233,7 @@ class TestCIFAR:
         assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
+@pytest.mark.long
 def test_from_classifier_to_detector(shapes, tmp_path):
     """Pretrain as users do, then train a detector from the checkpoint as it is."""
     tool('crop_objects.py', shapes, tmp_path / 'crops')

@@ -229,7 +229,9 @@ class TestBenchmark:
 
 
 class TestRealImages:
+    """On one process; test_distributed.py does so on two in each run of the suite."""
 
+    @pytest.mark.long
     def test_shipped_config_trains_and_evaluates(self, real_coco, pretrained, tmp_path):
         """Crowds, empty and grey images included, through to the COCO summary."""
         env = dict(COCO_ROOT=str(real_coco), CE_RESNET50_CHECKPOINT=str(pretrained))
