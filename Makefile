@@ -13,7 +13,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv must be compiled)
-	@$(PYTHON) tools/setup_env.py --stack $(STACK) --venv $(VENV)
+	@$(PYTHON) tools/dev/setup_env.py --stack $(STACK) --venv $(VENV)
 
 demo: setup  ## train, evaluate and draw on a small generated set (under 10 minutes on 2 CPU cores)
 	$(RUN) tools/demo.py

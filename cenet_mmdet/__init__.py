@@ -1,63 +1,59 @@
 """Channel Equilibrium networks for MMDetection.
 
-Importing the package registers the layers, norms, backbones and hooks in MMEngine's root
-registries, which every OpenMMLab library sees, as far as what they need is installed:
+Importing the package registers its layers, norms, backbones and hooks in MMEngine's root
+registries, which every OpenMMLab library sees:
 
     custom_imports = dict(imports=['cenet_mmdet'])
 
-The layers and `insert_ce` need torch alone, the norms MMCV, the backbones MMDetection;
-`cenet_mmdet.pretrain` has what needs mmpretrain. What a missing or broken library takes away is
-left out; `python -m cenet_mmdet doctor` says how to mend an environment.
+The layers and `insert_ce` need torch alone, the hooks MMEngine, the norms MMCV and the backbones
+MMDetection. Without one of these libraries, the parts that need it are left out.
+`cenet_mmdet.models.mmpretrain` has the parts that need mmpretrain.
 """
 import warnings
-from contextlib import contextmanager
+from importlib import import_module
 
-from .resources import config_path
+from .utils.resources import config_path
 
 __version__ = '0.1.0'
 __all__ = ['config_path']
-_broken = []
 
 
-@contextmanager
-def _part_for(library):
-    """What is imported inside needs the library; the first that is there and fails is told of."""
+def _works(library: str) -> bool:
+    """Whether the library is there; a warning tells if it is there and broken."""
     try:
-        yield
-    except Exception as error:  # version checks of OpenMMLab's libraries raise about anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name == library
-        if not missing and not _broken:
-            _broken.append(library)
+        import_module(library)
+    except Exception as error:  # OpenMMLab's libraries assert their neighbours' versions
+        name = library.partition('.')[0]
+        if not (isinstance(error, ModuleNotFoundError) and error.name == name):
             reason = (str(error).splitlines() or [''])[0]
-            warnings.warn(f'cenet_mmdet: {library} is installed but cannot be used, what needs it '
-                          f'is left out ({type(error).__name__}: {reason}). '
-                          '`python -m cenet_mmdet doctor` says how to mend that.', stacklevel=4)
+            warnings.warn(f'cenet_mmdet: {name} is installed but cannot be imported '
+                          f'({type(error).__name__}: {reason}). The parts that need it are left '
+                          'out. Run `python -m cenet_mmdet doctor`.', stacklevel=3)
+        return False
+    return True
 
 
-with _part_for('torch'):
-    from .insert import insert_ce
+if _works('torch'):
     from .layers import CE, DBN, IterNorm, SyncCE
+    from .models.insert import insert_ce
 
     __all__ += ['CE', 'DBN', 'IterNorm', 'SyncCE', 'insert_ce']
 
-with _part_for('mmengine'):
-    from mmengine.registry import MODELS
+    if _works('mmengine'):
+        from mmengine.registry import MODELS
 
-    from . import config_scope
-    from .health import ChannelHealthHook
-    from .resume import ExactResumeHook
+        from .engine import ChannelHealthHook, ExactResumeHook
 
-    MODELS.register_module(module=CE)
-    MODELS.register_module(module=SyncCE)
-    config_scope.install()
-    __all__ += ['ChannelHealthHook', 'ExactResumeHook']
+        MODELS.register_module(module=CE)
+        MODELS.register_module(module=SyncCE)
+        __all__ += ['ChannelHealthHook', 'ExactResumeHook']
 
-with _part_for('mmcv'):
-    from .norms import CEBN, CEGN, CEIN, CESyncBN
+        if _works('mmcv.cnn'):
+            from .models.norm_layers import CEBN, CEGN, CEIN, CESyncBN
 
-    __all__ += ['CEBN', 'CEGN', 'CEIN', 'CESyncBN']
+            __all__ += ['CEBN', 'CEGN', 'CEIN', 'CESyncBN']
 
-with _part_for('mmdet'):
-    from .backbones import CEMobileNetV2, CEResNet
+            if _works('mmdet.models'):
+                from .models.backbones import CEMobileNetV2, CEResNet
 
-    __all__ += ['CEMobileNetV2', 'CEResNet']
+                __all__ += ['CEMobileNetV2', 'CEResNet']

@@ -43,7 +43,7 @@ torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 def shapes(tmp_path_factory):
     """A small generated COCO-style set, made by the command that users type."""
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    tool('make_demo_data.py', folder, '--train', 10, '--val', 6)
+    tool('dev/make_demo_data.py', folder, '--train', 10, '--val', 6)
     return folder
 
 

@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cenet_mmdet.utils.errors import exit_on_input_error
+
 FRACTIONS = (0., 0.1, 0.2, 0.3, 0.5, 0.7)
 MAPS = 4  # images with a map of feature magnitudes
 METRICS = 'coco/segm_mAP', 'coco/bbox_mAP', 'accuracy/top1'  # the first there is, is drawn
@@ -88,12 +90,12 @@ def build_loader(config, images, folder):
     COCO's metric counts every image of its annotation file, so a part of them is written
     to a file of its own.
     """
-    from _mmdet import load_config
     from mmengine.evaluator import Evaluator
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
 
-    from cenet_mmdet.preflight import missing_files
+    from cenet_mmdet.engine.preflight import missing_files
+    from cenet_mmdet.models.build import load_config
 
     cfg = load_config(config)
     cfg.load_from = None
@@ -279,7 +281,7 @@ def draw_maps(models, loader, arguments, path):
 def write_report(report, maps, out, images):
     """Figures, the page, and the numbers last, so that these say that all is there."""
     from cenet_mmdet.analysis import figures
-    from cenet_mmdet.analysis.html import write_page
+    from cenet_mmdet.analysis.report_page import write_page
 
     sections = []
     for name, (title, explanation) in SECTIONS.items():
@@ -311,9 +313,10 @@ def main():
     arguments = parse_args()
     given = named_models(arguments)
 
-    from _mmdet import load_model
     from rich.console import Console
     from rich.table import Table
+
+    from cenet_mmdet.models.build import load_model
 
     models = {name: load_model(config, checkpoint).to(arguments.device)
               for name, (config, checkpoint) in given.items()}
@@ -344,4 +347,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_input_error():
+        main()

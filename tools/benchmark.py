@@ -20,6 +20,8 @@ import statistics
 import time
 from pathlib import Path
 
+from cenet_mmdet.utils.errors import exit_on_input_error
+
 SIZES = {'detector': (800, 1344), 'classifier': (224, 224)}
 # C, H, W of layer1 to layer3
 SHAPES = [(256, 56, 56), (512, 28, 28), (1024, 14, 14),
@@ -78,30 +80,6 @@ def ratios(seconds):
     return {name: sorted(a / b for a, b in zip(times, first)) for name, times in seconds.items()}
 
 
-def plain_ce(ce, x):
-    """CE as its equations read, one after the other, each over the whole feature map."""
-    import torch
-
-    n, c, height, width = x.shape
-    groups, d = ce.num_groups, ce.group_size
-    grouped = x.transpose(0, 1).reshape(groups, d, -1)
-    centred = grouped - grouped.mean(-1, keepdim=True)
-    identity = torch.eye(d, device=x.device).expand(groups, d, d)
-    sigma = centred @ centred.mT / grouped.shape[-1] + ce.eps * identity
-    sigma = sigma / sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    p = identity
-    for _ in range(ce.num_iters):
-        p = 1.5 * p - 0.5 * p @ p @ p @ sigma
-    if not ce.training:
-        p = ce.running_whitening
-    decorrelated = (p @ grouped).view(c, n, height, width).transpose(0, 1)
-    variance = x.flatten(2).var(-1)
-    scale = variance.mean().sqrt() if ce.training else ce.running_scale
-    weights = ce.reweighting(variance) / scale
-    ratio = ce.ratio()
-    return ratio * decorrelated + (1 - ratio) * weights[..., None, None] * x
-
-
 def layer_candidates(shape, images, device, training, group_size=16):
     """Forward (and backward, in training) of each layer on one feature map."""
     import torch
@@ -109,7 +87,8 @@ def layer_candidates(shape, images, device, training, group_size=16):
     from torch import nn
 
     from cenet_mmdet import CE, IterNorm
-    from cenet_mmdet.layers.batch_norm import norm_then_ce
+    from cenet_mmdet.layers.fused import batch_norm_ce
+    from cenet_mmdet.layers.reference import reference_ce
 
     channels = shape[0]
     norm, ce, whitening, excitation = (layer.to(device).train(training) for layer in (
@@ -127,8 +106,8 @@ def layer_candidates(shape, images, device, training, group_size=16):
                 x.grad = None
         return step
 
-    functions = {'BN': norm, 'CE': ce, 'CE, plain': lambda x: plain_ce(ce, x),
-                 'BN + CE': lambda x: norm_then_ce(norm, ce, x),
+    functions = {'BN': norm, 'CE': ce, 'CE, plain': lambda x: reference_ce(ce, [x])[0][0],
+                 'BN + CE': lambda x: batch_norm_ce(norm, ce, x),
                  'BN, then CE': lambda x: ce(norm(x)), 'IterNorm': whitening, 'SE': excitation}
     return {name: run(function) for name, function in functions.items()}
 
@@ -282,8 +261,9 @@ def kept_for_backward(model, data):
 def measure_models(arguments):
     """Ratios of a training step, and bytes kept for the backward pass, by config."""
     import torch
-    from _mmdet import build_model
     from mmengine.optim import OptimWrapper
+
+    from cenet_mmdet.models.build import build_model
 
     torch.manual_seed(0)
     steps, kept = {}, {}
@@ -303,10 +283,10 @@ def measure_inference(arguments):
     import copy
 
     import torch
-    from _mmdet import build_model
 
     from cenet_mmdet import CE
     from cenet_mmdet.deploy import fuse_ce
+    from cenet_mmdet.models.build import build_model
 
     torch.manual_seed(0)
     runs = {}
@@ -386,4 +366,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_input_error():
+        main()

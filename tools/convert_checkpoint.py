@@ -50,7 +50,7 @@ def check_paths(src, dst):
 
 def read(path):
     """What torch.save wrote, or an exit with one line."""
-    from cenet_mmdet.safe_load import load
+    from cenet_mmdet.checkpoint.load import load
 
     try:
         if zipfile.is_zipfile(path):
@@ -75,7 +75,8 @@ def check_sums(path):
 
 def recognise(checkpoint):
     """The weights under our names, and what is known of them, or a CheckpointError."""
-    from cenet_mmdet import CEResNet, checkpoints
+    from cenet_mmdet import CEResNet
+    from cenet_mmdet.checkpoint import convert as checkpoints
 
     entries = checkpoints.named_tensors(checkpoint)
     backbone, classifier = checkpoints.split_model(entries)
@@ -102,7 +103,7 @@ def as_ours(state_dict, meta):
 
 
 def as_released(state_dict, meta):
-    from cenet_mmdet.checkpoints import CheckpointError, to_released
+    from cenet_mmdet.checkpoint.convert import CheckpointError, to_released
 
     if not meta['ce_layers']:
         raise CheckpointError("it holds no CE layers, without which the authors' format is just "
@@ -137,7 +138,7 @@ def main():
     check_paths(arguments.src, arguments.dst)
     checkpoint = read(arguments.src)
     # Takes seconds to import: what is wrong with the files has been said by now.
-    from cenet_mmdet.checkpoints import CheckpointError
+    from cenet_mmdet.checkpoint.convert import CheckpointError
     try:
         state_dict, meta = recognise(checkpoint)
         meta['source_file'] = arguments.src.name

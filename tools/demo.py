@@ -143,7 +143,7 @@ def main():
     arguments = parse_args()
     start = time.time()
     # after the parsing, so that --help answers at once
-    from make_demo_data import generate
+    from dev.make_demo_data import generate
 
     generate(arguments.data, arguments.train_images, arguments.val_images, seed=0)
     runner = build_runner(arguments)

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from cenet_mmdet.utils.errors import exit_on_input_error
+
 STRIDE = 32
 BOUND = 1e-3  # relative to an output's largest value; beyond it nothing is written
 
@@ -100,9 +102,9 @@ def export(folded, path, images):
 def main():
     arguments = parse_args()
     import torch
-    from _mmdet import load_model
 
     from cenet_mmdet.deploy import fuse_ce
+    from cenet_mmdet.models.build import load_model
 
     model = load_model(arguments.config, arguments.checkpoint)
     try:
@@ -117,4 +119,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_input_error():
+        main()

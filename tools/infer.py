@@ -26,9 +26,10 @@ import json
 import logging
 import os
 import sys
-import textwrap
 import warnings
 from pathlib import Path
+
+from cenet_mmdet.utils.errors import exit_on_input_error
 
 SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
 
@@ -92,9 +93,8 @@ def pick_device(name):
 
 def read_config(path, checkpoint):
     """The config, or an exit with one line if it or the checkpoint cannot be used."""
-    from _mmdet import load_config
-
-    from cenet_mmdet.preflight import missing_files
+    from cenet_mmdet.engine.preflight import missing_files
+    from cenet_mmdet.models.build import load_config
 
     cfg = load_config(path)
     if cfg.get('default_scope', 'mmdet') != 'mmdet':
@@ -112,9 +112,7 @@ def build_inferencer(arguments):
     """MMDetection's inferencer, with all its weights from the checkpoint."""
     cfg = read_config(arguments.config, arguments.checkpoint)
     device = pick_device(arguments.device)
-    from mmengine.runner.checkpoint import load_checkpoint
-
-    from cenet_mmdet.checkpoints import CheckpointError
+    from cenet_mmdet.models.build import load_weights
 
     logging.disable(logging.WARNING)  # that the config names no collate function
     with warnings.catch_warnings():
@@ -122,12 +120,8 @@ def build_inferencer(arguments):
         from mmdet.apis import DetInferencer
         inferencer = DetInferencer(cfg, device=device, show_progress=False)
     logging.disable(logging.NOTSET)
-    try:
-        # strictly: DetInferencer would leave at random what the checkpoint lacks
-        checkpoint = load_checkpoint(inferencer.model, arguments.checkpoint, 'cpu', strict=True)
-    except (CheckpointError, RuntimeError) as error:
-        sys.exit(f'{arguments.checkpoint} does not fit {arguments.config}: '
-                 f'{textwrap.shorten(str(error), 500)}')
+    # DetInferencer would leave what the checkpoint lacks at random values.
+    checkpoint = load_weights(inferencer.model, arguments.checkpoint, arguments.config)
     # the visualizer has the same dict
     inferencer.model.dataset_meta['classes'] = class_names(checkpoint, cfg)
     if arguments.fuse:
@@ -233,4 +227,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_input_error():
+        main()

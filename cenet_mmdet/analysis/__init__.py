@@ -16,8 +16,8 @@ from .channels import ChannelMagnitudes, InhibitedChannels, feature_magnitude
 from .collector import Collector
 from .correlation import ChannelCorrelations, Correlation
 from .gamma import Gamma, GammaGrowth, Growth, gammas
-from .operators import ReweightingSpread, Spectrum, Spread, lambdas, spectra
-from .pairs import norm_ce_pairs
+from .learned_operators import ReweightingSpread, Spectrum, Spread, lambdas, spectra
+from .norm_ce_pairs import norm_ce_pairs
 
 __all__ = ['ChannelCorrelations', 'ChannelMagnitudes', 'Collector', 'Correlation', 'Gamma',
            'GammaGrowth', 'Growth', 'InhibitedChannels', 'ReweightingSpread', 'Spectrum',

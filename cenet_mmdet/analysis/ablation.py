@@ -6,10 +6,10 @@ from typing import Callable, Dict, Iterator, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-from ..insert import NormCE, channels_of
+from ..models.insert import NormCE, channels_of
 from .collector import feature_map
 from .modules import ce_layers, evaluating, norms_with_ce, select
-from .pairs import mark, origin_of
+from .norm_ce_pairs import mark, origin_of
 
 
 @contextmanager

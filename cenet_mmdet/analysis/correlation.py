@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import CE
-from ..layers.grouping import grouped
-from ..layers.moments import instance_variance
+from ..layers.steps.grouping import grouped
+from ..layers.steps.moments import instance_variance
 from .collector import Collector, check_finite, feature_map
 from .modules import Layers, ce_layers, norms, select
-from .moments import RunningCovariance, pixels
+from .running_moments import RunningCovariance, pixels
 
 
 class Correlation(NamedTuple):

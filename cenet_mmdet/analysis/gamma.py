@@ -1,15 +1,14 @@
 """The norms' gamma, and what batch decorrelation makes of it (section 3.3, Proposition 1)."""
 from typing import Dict, Mapping, NamedTuple, Optional
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import CE
-from ..layers.whitening import newton_whitening
+from ..layers.steps.whitening import newton_whitening
 from .channels import INHIBITED, check_threshold, share_below
 from .collector import Collector, check_finite, feature_map, module_name
 from .modules import norms
-from .moments import RunningCovariance, pixels
+from .running_moments import RunningCovariance, pixels
 
 
 class Gamma(NamedTuple):
@@ -118,10 +117,10 @@ class GammaGrowth(Collector):
         found = {}
         for label, statistics in self._by_label().items():
             norm, ce = self._pairs[module_name(label)]
-            sigma = check_finite(label, statistics.sigma.moment).cpu()
-            sigma = sigma + ce.eps * torch.eye(ce.group_size, dtype=sigma.dtype)
+            covariance = check_finite(label, statistics.sigma.moment).cpu()
             gamma = _gamma(norm)
-            found[label] = Growth(gamma, _apply(newton_whitening(sigma, ce.num_iters), gamma))
+            whitening = newton_whitening(covariance, ce.eps, ce.num_iters)
+            found[label] = Growth(gamma, _apply(whitening, gamma))
         return found
 
 

@@ -5,9 +5,9 @@ from typing import Dict, Iterator, Optional, Sequence, Union
 
 from torch import nn
 
-from ..insert import NORMS as TORCH_NORMS
-from ..insert import NormCE
 from ..layers import CE, DBN, IterNorm
+from ..models.insert import NORMS as TORCH_NORMS
+from ..models.insert import NormCE
 
 NORMS = (*TORCH_NORMS, DBN, IterNorm)
 

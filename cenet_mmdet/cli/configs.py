@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List
 
-from ..resources import configs_dir, tools_dir
+from ..utils.resources import configs_dir, tools_dir
 
 # folder -> what is in it, in the order of the list
 GROUPS = {

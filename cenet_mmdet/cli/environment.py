@@ -35,7 +35,7 @@ OPENMMLAB = tuple(name for name in PROVIDERS if name.startswith('mm'))
 # What is imported to see whether a library works; the library itself unless it is here.
 # mmpretrain is imported by this package, which does without its torchvision.
 PROBES = {'pycocotools': 'pycocotools.mask', 'mmdet': 'mmdet.models',
-          'mmpretrain': 'cenet_mmdet.pretrain'}
+          'mmpretrain': 'cenet_mmdet.models.mmpretrain'}
 
 # The last line of stderr is the error.
 IN_A_NEW_PROCESS = '''

@@ -11,8 +11,8 @@ SIGNS = ('lambda_logit', 'reweighting.0.weight')
 def run(arguments) -> int:
     """Print a table of the checkpoint's CE layers, or that it has none."""
     try:
-        from ..checkpoints import CheckpointError, to_ours
-        from ..safe_load import load_tensors
+        from ..checkpoint.convert import CheckpointError, to_ours
+        from ..checkpoint.load import load_tensors
     except ImportError as error:
         sys.exit(f'info needs torch ({error}). `cenet-mmdet doctor` says how to install it.')
     try:
@@ -39,7 +39,7 @@ def run(arguments) -> int:
 
 def kind(entries: Dict) -> str:
     """What the file is of, as far as the names in it tell."""
-    from ..checkpoints import BLOCK, source_of
+    from ..checkpoint.convert import BLOCK, source_of
 
     source = source_of(entries)
     if 'ResNet' in source and not any(map(BLOCK.match, entries)):
@@ -49,7 +49,7 @@ def kind(entries: Dict) -> str:
 
 def ce_layers(entries: Dict) -> Dict[str, Dict]:
     """The entries of each CE layer by the layer's name; both under our names."""
-    from ..checkpoints import CE_ENTRY
+    from ..checkpoint.convert import CE_ENTRY
 
     prefixes = []
     for key in entries:

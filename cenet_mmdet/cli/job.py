@@ -23,7 +23,7 @@ def missing_for(config: Path, installed: Dict[str, Library]) -> List[Problem]:
     """
     from mmengine.config import Config
 
-    from ..preflight import missing_files
+    from ..engine.preflight import missing_files
 
     cfg = Config.fromfile(str(config))
     places = variables(config)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
-from ..stacks import STACKS
+from ..utils.stacks import STACKS
 from .environment import Library, release
 
 Commands = Tuple[str, ...]

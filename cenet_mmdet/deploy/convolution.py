@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..compat import is_exporting
 from ..layers import CE
-from ..layers.moments import at_least_one, moments
+from ..layers.steps.moments import instance_moments, safe_count
+from ..utils.compat import is_exporting
 
 # The products that make M_n and v_n do not depend on the number of pixels; below this many
 # for each of u's channels, x and CE's own four steps are cheaper (measured on two CPU cores).
@@ -89,10 +89,10 @@ class CEConv2d(nn.Module):
 
     def _without_x(self, u: Tensor) -> Tensor:
         maps = u.flatten(2)  # (N, C_in, L)
-        per_sample, _ = moments(maps.unsqueeze(1))
+        per_sample = instance_moments(maps.unsqueeze(1), has_bd=True, has_ir=False)
         dtype = per_sample.mean.dtype
         weight, bias = self.conv.weight.flatten(1).to(dtype), self.conv.bias.to(dtype)  # W2, b2
-        covariance = per_sample.scatter[:, 0] / at_least_one(per_sample.pixels - 1)  # S_n
+        covariance = per_sample.scatter[:, 0] / safe_count(per_sample.pixels - 1)  # S_n
         # v_n = diag(W2 S_n W2^T), (N, C); rounding may leave it below 0
         variance = ((weight @ covariance) * weight).sum(-1).clamp(min=0)
         weights = self.ce.reweighting(variance) / self.ce.running_scale.to(dtype)  # w_n, eq. 8

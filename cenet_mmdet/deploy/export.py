@@ -11,7 +11,7 @@ from typing import Dict, Iterator, List, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ..compat import CAN_EXPORT
+from ..utils.compat import CAN_EXPORT
 
 STRIDE = 32  # heights and widths are multiples of it, as MMDetection pads them
 PACKAGES = ('onnx', 'onnxscript')

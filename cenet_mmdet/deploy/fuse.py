@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..insert import NormCE
 from ..layers import CE
+from ..models.insert import NormCE
 from .convolution import fold
 from .pairs import Pair, pairs
 

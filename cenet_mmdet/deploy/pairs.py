@@ -10,8 +10,8 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 from mmcv.cnn import ConvModule
 from torch import nn
 
-from ..insert import NormCE
 from ..layers import CE
+from ..models.insert import NormCE
 
 Slot = Tuple[nn.Module, str]  # a parent and the name of its child
 

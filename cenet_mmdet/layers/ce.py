@@ -1,35 +1,40 @@
 """Channel Equilibrium layer.
 
-Paper: "Channel Equilibrium Networks for Learning Deep Representation",
-Shao, Tang, et al., ICML 2020. Section and equation numbers refer to it.
+Paper: "Channel Equilibrium Networks for Learning Deep Representation", Shao, Tang, et al., ICML
+2020 (arXiv 2003.00214). Section and equation numbers refer to it.
 
-A forward pass is moments (`moments.py`) -> operator (`whitening.py`,
-`reweighting.py`, `operator.py`) -> apply (`apply.py`); `sync_ce.py` puts an
-all-reduce of the moments behind the first, and `batch_norm.py` computes a batch
-norm in front along with both ends. Only the first and the last touch the
-feature map, each with one batched product; what lies between is d x d algebra
-in float32 (float64 for float64 input).
+`CE.forward` reads as the method does, in the four steps that `steps/` has a file for each:
+moments of the feature map -> of the batch -> a d x d operator per sample and group -> apply it.
+`sync_ce.py` adds the other ranks to the second step, `fused.py` a batch norm in front, and
+`reference.py` computes the same from the equations alone. The small algebra is float32 (float64
+for float64 input), whatever the type of the feature map.
 """
-from typing import Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from .apply import apply_operator, apply_weights
-from .batch_norm import Affine, affine_of, synchronizes
-from .checks import check_eps_and_momentum, check_integers
-from .grouping import grouped, ungrouped
-from .moments import BatchMoments, instance_variance, moments, pool, statistics_dtype, track
-from .nonfinite import tell_of_left_out
-from .operator import mix
-from .released import rename_released_keys
-from .reweighting import InstanceReweighting, instance_scale
-from .whitening import covariance, newton_whitening
+from .arguments import check_eps_and_momentum, check_integers
+from .released_keys import rename_released_keys
+from .steps.apply import apply_operator, apply_weights
+from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped
+from .steps.mix import mix
+from .steps.moments import (
+    BatchMoments,
+    InstanceMoments,
+    batch_moments,
+    instance_moments,
+    instance_variance,
+    statistics_dtype,
+)
+from .steps.reweighting import InstanceReweighting, instance_scale
+from .steps.running import track
+from .steps.whitening import newton_whitening
 
 FREEZE_MODES = ('none', 'adaptive', 'all')
 
-# W, v_n and s; None where a layer has no use for it
-Statistics = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+# W (G, d, d) and s (scalar); None where a layer has no use for it
+Statistics = Tuple[Optional[Tensor], Optional[Tensor]]
 
 
 class CE(nn.Module):
@@ -37,44 +42,41 @@ class CE(nn.Module):
 
     .. math:: p_n = [\lambda W + (1 - \lambda)\,\mathrm{diag}(w_n)]\, x_n
 
-    W whitens groups of channels with the batch covariance (batch
-    decorrelation, BD, section 3.1), w_n reweights the channels of one sample
-    by their variances (instance reweighting, IR, section 3.2), and lambda is
-    the sigmoid of a learned scalar.
+    W whitens groups of channels with the batch covariance (batch decorrelation, BD, section 3.1),
+    w_n reweights the channels of one sample by their variances (instance reweighting, IR, section
+    3.2), and lambda is the sigmoid of a learned scalar.
 
-    In evaluation, W and the scale s of the weights are running averages;
-    w_n still depends on the sample, and only on it.
+    In evaluation, W and the scale s of the weights are running averages. w_n still depends on the
+    sample, and only on it.
 
     Args:
         in_channels: number of channels C.
-        group_size: channels d per whitening group; None for one group of all
-            channels, as in the paper's text. A size that does not divide C is
-            halved until it does, as in the released code; ``repr`` shows the
-            size in use.
+        group_size: channels d per whitening group; None for one group of all channels, as in the
+            paper's text. A size that does not divide C is halved until it does, as in the
+            released code; ``repr`` shows the size in use.
         num_iters: Newton iterations T.
-        eps: added to the diagonal of the covariance, and lower bound of the
-            mean variance that s is the root of.
+        eps: added to the diagonal of the covariance, and lower bound of the mean variance that s
+            is the root of.
         momentum: weight of the new value in the running averages.
         reduction: the IR subnetwork's hidden width is C / reduction.
-        bd_ratio: None to learn lambda, or its fixed value: 1.0 is BD alone and
-            0.0 IR alone (Table 4); the unused branch is then left out.
-        freeze: 'none'; 'adaptive' freezes lambda and the IR subnetwork; 'all'
-            also uses the running statistics, whatever ``train()`` is called.
+        bd_ratio: None to learn lambda, or its fixed value: 1.0 is BD alone and 0.0 is IR alone
+            (Table 4). The branch that is not used is left out.
+        freeze: 'none'; 'adaptive' freezes lambda and the IR subnetwork; 'all' also uses the
+            running statistics, whatever ``train()`` is called with.
         device, dtype: of the parameters and buffers.
 
     Shape:
         - Input: (N, C), (N, C, L) or (N, C, H, W), or more spatial dimensions.
-        - Output: as the input. An empty input gives an empty output and
-          leaves the statistics as they are.
+        - Output: as the input. An empty input gives an empty output and leaves the statistics
+          as they are.
 
-    Where a sample has one pixel (H * W = 1) it has no variance: v_n is 0 and
-    s is the running one, also in training. A sample with inf or NaN has no part
-    in the statistics and does not change the output of the others; a warning
-    names the layer, once for each network.
+    A sample of one pixel (H * W = 1) has no variance: v_n is 0, and s is the running one, also in
+    training. A batch with inf or NaN goes wrong as in batch norm, but leaves the running averages
+    as they were.
 
     Raises:
-        ValueError: for an argument out of its range, or input of another
-            rank or number of channels.
+        ValueError: for an argument out of its range, or input of another rank or number of
+            channels.
     """
     _version = 1
     _abbr_ = 'ce'  # MMCV names plugin layers after this: block.ce
@@ -88,8 +90,8 @@ class CE(nn.Module):
                  reduction: int = 4,
                  bd_ratio: Optional[float] = None,
                  freeze: str = 'none',
-                 device=None,
-                 dtype=None) -> None:
+                 device: Union[torch.device, str, None] = None,
+                 dtype: Optional[torch.dtype] = None) -> None:
         super().__init__()
         check_integers(in_channels=in_channels, num_iters=num_iters, reduction=reduction)
         if group_size is not None:
@@ -113,6 +115,7 @@ class CE(nn.Module):
         factory = dict(device=device, dtype=dtype)
         if self.has_bd:
             shape = (self.num_groups, self.group_size, self.group_size)
+            # Tracked and never used: the released checkpoints have it.
             self.register_buffer('running_mean', torch.empty(in_channels, **factory))
             self.register_buffer('running_whitening', torch.empty(shape, **factory))
         if self.has_ir:
@@ -160,104 +163,71 @@ class CE(nn.Module):
             nn.init.zeros_(self.lambda_logit)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x)
-
-    def forward_behind(self, norm: nn.Module, z: Tensor) -> Tensor:
-        """What `self(norm(z))` is, where `batch_norm.can_fuse` says that it can be had in one."""
-        return self._forward(z, norm)
-
-    def _forward(self, x: Tensor, norm: Optional[nn.Module] = None) -> Tensor:
-        """Of x, or of norm(x): see `batch_norm.py` for the latter."""
-        if x.dim() < 2 or x.shape[1] != self.in_channels:
-            raise ValueError(f'CE expects (N, {self.in_channels}), (N, {self.in_channels}, L) or '
-                             f'(N, {self.in_channels}, H, W), got {tuple(x.shape)}')
-        # The operator's algebra must not run in half precision, and the output
-        # keeps the input's type.
+        check_channels(self, x, self.in_channels)
         with torch.autocast(x.device.type, enabled=False):
-            maps = grouped(x, self.num_groups)
-            if self._takes_statistics_from(maps):
-                maps, statistics, affine = self._batch_statistics(maps, norm)
+            maps = grouped(x, self.num_groups)  # (N, G, d, L)
+            if self.takes_statistics_from(x):
+                samples = instance_moments(maps, self.has_bd, self.has_ir)
+                variance = samples.variance
+                whitening, scale = self.batch_statistics(self.pool(samples))
             else:
-                statistics, affine = self._running_statistics(maps, norm)
-            return ungrouped(self._equilibrate(maps, *statistics, affine), like=x)
+                variance = instance_variance(maps) if self.has_ir else None
+                whitening, scale = self.running_statistics(maps)
+            if not self.has_bd:
+                out = apply_weights(self.weights(variance, scale), maps)
+            else:
+                out = apply_operator(self.operator(variance, whitening, scale), maps)
+            return ungrouped(out, like=x)
 
-    def _takes_statistics_from(self, x: Tensor) -> bool:
-        """Whether to use the statistics of this batch; an empty one has none."""
+    def takes_statistics_from(self, x: Tensor) -> bool:
+        """Whether W and s are those of this batch; an empty one has none."""
         return self.uses_batch_statistics and x.numel() > 0
 
-    def _batch_statistics(self, x: Tensor, norm) -> Tuple[Tensor, Statistics, Optional[Affine]]:
-        """x (see `moments`); W, v_n and s, of which W and s are tracked; the norm, if there."""
-        per_sample = variance = affine = None
+    def pool(self, samples: InstanceMoments) -> BatchMoments:
+        """Step 2: moments of the batch, of this process alone."""
+        return batch_moments(samples)
+
+    def batch_statistics(self, batch: BatchMoments) -> Statistics:
+        """W and s of the batch, which are tracked."""
+        averages, whitening, scale, total = [], None, None, 0
         if self.has_bd:
-            per_sample, x = moments(x)
-        if self.has_ir:
-            variance = per_sample.variance() if self.has_bd else instance_variance(x)
-        batch = pool(per_sample, variance, pixels=x.shape[-1])
-        tell_of_left_out(self, len(x) * x.shape[-1] - batch.pixels)
-        if norm is None or synchronizes(norm):
-            batch = self._over_ranks(batch)
-        if norm is not None:
-            affine = affine_of(norm, x.shape[1:3], batch.mean.dtype, batch)
-            batch = affine.moments(batch)
-            if not synchronizes(norm):
-                batch = self._over_ranks(batch)
-            if self.has_ir:
-                variance = affine.variance(variance)
-        whitening = scale = None
-        if self.has_bd:
-            whitening = newton_whitening(covariance(batch, self.eps), self.num_iters)
+            whitening = newton_whitening(batch.covariance, self.eps, self.num_iters)
+            averages = [(self.running_mean, batch.mean), (self.running_whitening, whitening)]
+            total = batch.covariance.diagonal(dim1=-2, dim2=-1).sum()
         if self.has_ir:
             scale = self._scale(batch)
-        self._track(batch, whitening, scale)
-        return x, (whitening, variance, scale), affine
-
-    def _over_ranks(self, batch: BatchMoments) -> BatchMoments:
-        """Step 2; here the batch is this process's own."""
-        return batch
+            averages.append((self.running_scale, scale))
+            total = total + batch.variance.sum()
+        track(averages, self.momentum, self.num_batches_tracked,
+              valid=(total < float('inf')) & (batch.pixels > 0))
+        return whitening, scale
 
     def _scale(self, batch: BatchMoments) -> Tensor:
         """s of the batch, or the running one where no sample has a variance."""
-        running = self._read(self.running_scale, batch.variance).squeeze(0)
-        return torch.where(batch.samples > 0, instance_scale(batch.variance, self.eps), running)
+        scale = instance_scale(batch.variance, self.eps)
+        if batch.varied is True:
+            return scale
+        running = self.running_scale.to(scale.dtype, copy=True).squeeze(0)
+        return running if batch.varied is False else torch.where(batch.varied, scale, running)
 
-    def _running_statistics(self, x: Tensor, norm) -> Tuple[Statistics, Optional[Affine]]:
-        """The tracked W and s, and v_n, which is the sample's own; the norm, if there is one."""
-        affine = None
-        if norm is not None:
-            affine = affine_of(norm, x.shape[1:3], statistics_dtype(x.dtype), None)
-        whitening = self._read(self.running_whitening, x) if self.has_bd else None
+    def running_statistics(self, maps: Tensor) -> Statistics:
+        """The tracked W and s."""
+        # Copies: another forward in training may update the buffers before the backward pass.
+        dtype = statistics_dtype(maps.dtype)
+        return (self.running_whitening.to(dtype, copy=True) if self.has_bd else None,
+                self.running_scale.to(dtype, copy=True) if self.has_ir else None)
+
+    def operator(self, variance: Optional[Tensor], whitening: Tensor,
+                 scale: Optional[Tensor]) -> Tensor:
+        """Step 3: lambda W + (1 - lambda) diag(w_n), (N, G, d, d); W alone without IR."""
         if not self.has_ir:
-            return (whitening, None, None), affine
-        variance = instance_variance(x)
-        if affine is not None:
-            variance = affine.variance(variance)
-        return (whitening, variance, self._read(self.running_scale, x)), affine
+            return whitening
+        weights = self.weights(variance, scale)
+        return mix(self.ratio(weights.dtype), whitening, weights)
 
-    @staticmethod
-    def _read(buffer: Tensor, x: Tensor) -> Tensor:
-        # A copy: the backward pass needs these values, and another forward of
-        # the same layer may update the buffer in place before it comes.
-        return buffer.to(statistics_dtype(x.dtype), copy=True)
-
-    @torch.no_grad()
-    def _track(self, batch: BatchMoments, whitening, scale) -> None:
-        """Update the running averages and count the batch, unless it was empty."""
-        if self.has_bd:
-            track(self.running_mean, batch.mean, self.momentum, batch.pixels)
-            track(self.running_whitening, whitening, self.momentum, batch.pixels)
-        if self.has_ir:
-            track(self.running_scale, scale, self.momentum, batch.pixels)
-        self.num_batches_tracked.add_(batch.pixels > 0)
-
-    def _equilibrate(self, x: Tensor, whitening, variance, scale, affine) -> Tensor:
-        """p_n of the class docstring, for the feature map x (N, G, d, L) or affine's of it."""
-        if not self.has_ir:
-            return apply_operator(whitening, x, affine)
-        gates = self.reweighting(variance.reshape(len(x), self.in_channels))
-        weights = gates.reshape(variance.shape) / scale  # w_n = F(v_n) / s, eq. 8
-        if not self.has_bd:
-            return apply_weights(weights, x)
-        return apply_operator(mix(self.ratio(weights.dtype), whitening, weights), x, affine)
+    def weights(self, variance: Tensor, scale: Tensor) -> Tensor:
+        """w_n = F(v_n) / s of eq. 8, (N, G, d)."""
+        return self.reweighting(variance.flatten(1)).view(variance.shape) / scale
 
     def ratio(self, dtype: torch.dtype = torch.float32) -> Union[Tensor, float]:
         """lambda, the weight of BD against IR, in [0, 1]; a scalar tensor where it is learned."""
@@ -269,17 +239,11 @@ class CE(nn.Module):
         rename_released_keys(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def arguments(self) -> Dict:
+        """What `__init__` was given, with the group size in use."""
+        names = ('in_channels', 'group_size', 'num_iters', 'eps', 'momentum', 'reduction',
+                 'bd_ratio', 'freeze')
+        return {name: getattr(self, name) for name in names}
+
     def extra_repr(self) -> str:
-        ratio = 'learned' if self.bd_ratio is None else self.bd_ratio
-        return (f'{self.in_channels}, group_size={self.group_size}, num_iters={self.num_iters}, '
-                f'eps={self.eps}, momentum={self.momentum}, reduction={self.reduction}, '
-                f'bd_ratio={ratio}, freeze={self.freeze!r}')
-
-
-def fitting_group_size(channels: int, group_size: Optional[int]) -> int:
-    """The largest of group_size, group_size / 2, ... that divides `channels`."""
-    if group_size is None:
-        return channels
-    while channels % group_size:
-        group_size //= 2
-    return group_size
+        return ', '.join(f'{name}={value!r}' for name, value in self.arguments().items())

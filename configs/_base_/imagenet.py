@@ -8,7 +8,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-custom_imports = dict(imports=['cenet_mmdet.pretrain'])
+custom_imports = dict(imports=['cenet_mmdet.models.mmpretrain'])
 custom_hooks = [dict(type='ExactResumeHook')]
 
 data_root = '{{$IMAGENET_ROOT:data/imagenet}}'

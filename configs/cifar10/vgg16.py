@@ -13,7 +13,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-custom_imports = dict(imports=['cenet_mmdet.pretrain'])
+custom_imports = dict(imports=['cenet_mmdet.models.mmpretrain'])
 custom_hooks = [dict(type='ExactResumeHook')]
 
 dataset = dict(data_root='{{$CIFAR10_ROOT:data/cifar10}}', download=False)

@@ -1,5 +1,5 @@
 # Pretraining for mask_rcnn_ce_r18_shapes.py: its backbone as a classifier of single shapes,
-# cut out by tools/crop_objects.py. IMAGENET_ROOT points at them.
+# cut out by tools/dev/crop_objects.py. IMAGENET_ROOT points at them.
 _base_ = '../_base_/imagenet.py'
 
 metainfo = dict(classes=('cross', 'disk', 'square', 'star', 'triangle'))  # in folder order

@@ -2,7 +2,7 @@
 from torch import nn
 
 from cenet_mmdet import CE, CEResNet, insert_ce
-from cenet_mmdet.norms import CEBN, CEGN
+from cenet_mmdet.models.norm_layers import CEBN, CEGN
 
 
 def convolutions(*norms):

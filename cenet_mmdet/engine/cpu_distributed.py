@@ -1,0 +1,59 @@
+"""MMEngine's distributed training, also on machines without a GPU, and an orderly end of it.
+
+MMEngine's launcher and model wrapper need an accelerator. With what stands here the same commands
+run on CPUs, to try out or debug a config. With a GPU only the end is ours.
+"""
+import logging
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional, Sequence
+
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
+
+
+@contextmanager
+def process_group(cfg: Config) -> Iterator[None]:
+    """Inside, MMEngine's Runner finds what `cfg.launcher` needs; afterwards the group is gone.
+
+    A process that ends while its group still has threads may be aborted on the way out, with the
+    work done and a status that says otherwise.
+
+    Args:
+        cfg: of a run. On a machine without a GPU, its model wrapper is replaced.
+    """
+    try:
+        if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
+            dist.init_process_group('gloo')
+            cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """MMDistributedDataParallel for modules on the CPU.
+
+    SyncBN layers become batch norms of each process, as torch has no SyncBN for CPUs. SyncCE
+    layers stay synchronized.
+
+    Args:
+        module: the model.
+        device_ids: the GPUs that MMEngine offers; not used.
+        **kwargs: as MMDistributedDataParallel's.
+    """
+
+    def __init__(self, module: nn.Module, device_ids: Optional[Sequence] = None,
+                 **kwargs: Any) -> None:
+        if any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+            print_log('SyncBN needs GPUs: on CPU each process normalizes by its own batch. '
+                      'SyncCE layers stay synchronized.', logger='current',
+                      level=logging.WARNING)
+            module = revert_sync_batchnorm(module)
+        super().__init__(module, broadcast_buffers=False, **kwargs)

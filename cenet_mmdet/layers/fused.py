@@ -1,0 +1,155 @@
+r"""Batch norm and CE in one: both take their statistics from the same pass over the feature map.
+
+Behind a batch norm, x = gamma (z - mean) / sigma + beta is an affine map of the convolution's
+output z, channel by channel. With D = diag(gamma / sigma), the moments of x follow from those of z
+by small algebra (equations 5 and 7):
+
+    Sigma_x = D Sigma_z D        v_n(x) = D^2 v_n(z)
+
+CE's operator and D make one matrix. So x is never computed: one pass takes the moments of z,
+another applies the matrix and a bias, as many as batch norm needs alone. z, which batch norm keeps
+for the backward pass anyway, is all that is kept. SyncBN and SyncCE need the same moments, which
+cross between the ranks in one collective. beta is no part of Sigma_x, so inhibited channels, where
+beta is far larger than gamma, lose no digits.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from .ce import CE
+from .steps.apply import apply_centred
+from .steps.grouping import check_channels, grouped, ungrouped
+from .steps.moments import (
+    BatchMoments,
+    instance_moments,
+    instance_variance,
+    safe_count,
+    statistics_dtype,
+)
+from .steps.running import track
+
+
+def batch_norm_ce(norm: nn.Module, ce: nn.Module, z: Tensor) -> Tensor:
+    """ce(norm(z)): in one where `can_fuse` allows it, else one after the other."""
+    return fused_batch_norm_ce(norm, ce, z) if can_fuse(norm, ce, z) else ce(norm(z))
+
+
+def fused_batch_norm_ce(norm: _BatchNorm, ce: CE, z: Tensor) -> Tensor:
+    """ce(norm(z)) in one; `CE.forward` has the same steps."""
+    check_channels(ce, z, ce.in_channels)
+    with torch.autocast(z.device.type, enabled=False):
+        maps = grouped(z, ce.num_groups)  # (N, G, d, L)
+        if ce.takes_statistics_from(z):
+            samples = instance_moments(maps, ce.has_bd, ce.has_ir)
+            variance, batch = samples.variance, ce.pool(samples)
+            affine = batch_affine(norm, batch) if uses_batch(norm) else running_affine(norm, maps)
+            whitening, scale = ce.batch_statistics(affine.moments(batch))
+        else:
+            variance = instance_variance(maps) if ce.has_ir else None
+            affine = running_affine(norm, maps)
+            whitening, scale = ce.running_statistics(maps)
+        if ce.has_ir:
+            variance = affine.variance(variance)
+        operator = ce.operator(variance, whitening, scale)
+        # operator (scale * (z - mean) + shift)
+        out = apply_centred(operator * affine.scale.unsqueeze(-2), affine.mean,
+                            (operator @ affine.shift.unsqueeze(-1)).squeeze(-1), maps)
+        return ungrouped(out, like=z)
+
+
+class Affine(NamedTuple):
+    """x = scale * (z - mean) + shift, each (G, d)."""
+    scale: Tensor
+    mean: Tensor
+    shift: Tensor
+
+    def moments(self, z: BatchMoments) -> BatchMoments:
+        """Moments of x from those of z."""
+        return z._replace(
+            mean=self.scale * (z.mean - self.mean) + self.shift,
+            covariance=self.scale.unsqueeze(-1) * z.covariance * self.scale.unsqueeze(-2),
+            variance=None if z.variance is None else self.variance(z.variance))
+
+    def variance(self, z: Tensor) -> Tensor:
+        """v_n of x from that of z, (..., G, d)."""
+        return self.scale.square() * z
+
+
+def batch_affine(norm: _BatchNorm, batch: BatchMoments) -> Affine:
+    """The map that the norm is on this batch; its running statistics are updated as by itself."""
+    variance = batch.covariance.diagonal(dim1=-2, dim2=-1)
+    if norm.training and norm.track_running_stats:
+        _track(norm, batch, variance)
+    return _affine(norm, batch.mean, variance)
+
+
+def running_affine(norm: _BatchNorm, maps: Tensor) -> Affine:
+    """The map that the norm is in evaluation."""
+    # Copies: another forward in training may update the buffers before the backward pass.
+    mean, variance = (buffer.to(statistics_dtype(maps.dtype), copy=True).view(maps.shape[1:3])
+                      for buffer in (norm.running_mean, norm.running_var))
+    return _affine(norm, mean, variance)
+
+
+def _affine(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> Affine:
+    scale = (variance + norm.eps).rsqrt()
+    if not norm.affine:
+        return Affine(scale, mean, torch.zeros_like(mean))
+    weight, bias = (p.to(mean.dtype).view(mean.shape) for p in (norm.weight, norm.bias))
+    return Affine(scale * weight, mean, bias)
+
+
+@torch.no_grad()
+def _track(norm: _BatchNorm, batch: BatchMoments, variance: Tensor) -> None:
+    momentum = norm.momentum
+    if momentum is None:  # the plain average of all batches
+        momentum = 1 / float(norm.num_batches_tracked + 1)
+    unbiased = variance * (batch.pixels / safe_count(batch.pixels - 1))
+    track([(norm.running_mean, batch.mean), (norm.running_var, unbiased)], momentum,
+          norm.num_batches_tracked,
+          valid=(variance.sum() < float('inf')) & (batch.pixels > 0))
+
+
+def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:
+    """Whether `ce(norm(z))` may be computed in one.
+
+    It may for a batch norm in front of a CE with BD, if calling them does nothing else: hooks and
+    wrappers want to see what goes from one to the other. Where only one of the two takes its
+    statistics from the batch, or from other ranks, each computes its own.
+    """
+    return (isinstance(norm, _BatchNorm) and isinstance(ce, CE) and ce.has_bd
+            and type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
+            and (ce.uses_batch_statistics or not uses_batch(norm))
+            and _ranks(norm) == _ranks(ce)
+            # one value per channel: the norm refuses
+            and (_ranks(norm) is not None or z.numel() > norm.num_features)
+            and _only_computes(norm) and _only_computes(ce))
+
+
+def uses_batch(norm: _BatchNorm) -> bool:
+    """Whether the norm's next forward takes the statistics of its batch."""
+    return norm.training or norm.running_mean is None
+
+
+def _ranks(layer: nn.Module):
+    """The process group, as a tuple, that the layer's next forward takes statistics from."""
+    if isinstance(layer, SyncBatchNorm):
+        synchronizes = (layer.training and dist.is_available() and dist.is_initialized()
+                        and dist.get_world_size(layer.process_group) > 1)
+    else:
+        synchronizes = getattr(layer, 'synchronizes', False) and layer.uses_batch_statistics
+    return (layer.process_group, ) if synchronizes else None
+
+
+def _only_computes(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else.
+
+    Hooks look at inputs and outputs, and MMEngine's activation checkpointing puts another forward
+    into the module.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks,
+             module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and 'forward' not in vars(module)

@@ -1,0 +1,332 @@
+"""What holds for every shape, type, layout and value that a layer may be fed.
+
+`make test` tries each property on a few examples, the same ones each time; `make test-long`
+on 1,500 others each.
+"""
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import HALF
+from helpers.sync_ranks import Ranks, reference_step
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from cenet_mmdet import CE, DBN, IterNorm
+from cenet_mmdet.layers.ce import FREEZE_MODES
+from cenet_mmdet.layers.fused import batch_norm_ce, can_fuse
+from cenet_mmdet.models.insert import NormCE
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*channels_last input is copied')
+
+CHANNELS = st.sampled_from([1, 2, 3, 7, 8, 12, 16, 24, 31, 37])
+SCALES = (1e-6, 1e-3, 1., 1e2, 1e4)
+OFFSETS = (0., 1., -30., 1e4)
+LAYOUTS = ('contiguous', 'channels_last', 'transposed', 'sliced', 'one image repeated')
+
+
+class Case(NamedTuple):
+    """A layer's options, and the recipe of its input."""
+    shape: tuple
+    options: dict
+    training: bool
+    kind: str
+    scale: float
+    offset: float
+    seed: int
+
+    def layer(self, dtype=torch.float32):
+        """With running statistics that are those of some batch."""
+        torch.manual_seed(self.seed)
+        ce = CE(self.shape[1], dtype=dtype, **self.options)
+        if ce.freeze != 'all':
+            ce(torch.randn(3, self.shape[1], 4, 4, dtype=dtype))
+        return ce.train(self.training)
+
+    def input(self, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind == 'constant channels':
+            x[:, ::2] = 0.5
+        elif self.kind == 'nearly constant channels':
+            x[:, ::2] = 0.5 + 1e-7 * x[:, ::2]
+        elif self.kind == 'duplicated channels':
+            x[:, 1:] = x[:, :1]
+        elif self.kind == 'all zero':
+            x.zero_()
+        elif self.kind == 'one pixel stands out':
+            x.flatten()[:1] *= 1e3
+        return (x * self.scale + self.offset).to(dtype)
+
+
+KINDS = ('random', 'constant channels', 'nearly constant channels', 'duplicated channels',
+         'all zero', 'one pixel stands out')
+
+
+@st.composite
+def cases(draw, smallest=0, scales=SCALES, offsets=OFFSETS, kinds=KINDS):
+    """Shapes with N, H, W from `smallest` up, and all options."""
+    sizes = st.integers(smallest, 5)
+    spatial = draw(st.sampled_from([0, 1, 2, 2, 2, 3]))
+    shape = (draw(sizes), draw(CHANNELS), *(draw(sizes) for _ in range(spatial)))
+    options = dict(group_size=draw(st.none() | st.integers(1, 40)),
+                   bd_ratio=draw(st.sampled_from([None, 0., 0.4, 1.])),
+                   freeze=draw(st.sampled_from(FREEZE_MODES)),
+                   num_iters=draw(st.integers(1, 5)))
+    return Case(shape, options, draw(st.booleans()), draw(st.sampled_from(kinds)),
+                draw(st.sampled_from(scales)), draw(st.sampled_from(offsets)),
+                draw(st.integers(0, 999)))
+
+
+def state(*layers):
+    return {f'{index}.{name}': value.clone() for index, layer in enumerate(layers)
+            for name, value in layer.state_dict().items()}
+
+
+def close(ours, expected, digits=1e-9):
+    """Relative to the largest value: sums are not of order one."""
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=digits * max(largest, 1e-30))
+
+
+def close_states(ours, expected, digits=1e-9):
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        close(ours[name].double(), expected[name].double(), digits)
+
+
+@given(cases(), st.sampled_from([torch.float32, torch.float64, *HALF.values()]))
+def test_finite_in_finite_out(case, dtype):
+    """Output of the input's shape and type, gradients and statistics, all finite."""
+    ce = case.layer(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = case.input(dtype).requires_grad_()
+    exact = copy.deepcopy(ce).double()(x.detach().double())
+    y = ce(x)
+    assume(exact.abs().max() < torch.finfo(dtype).max if exact.numel() else True)
+    y.double().sum().backward()
+    assert (y.shape, y.dtype, x.grad.dtype) == (x.shape, dtype, dtype)
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(value.isfinite().all() for value in state(ce).values())
+    assert all(p.grad.isfinite().all() for p in ce.parameters() if p.grad is not None)
+
+
+@pytest.mark.skipif('float16' not in HALF, reason='torch 2.1 has no float16 products on CPUs')
+@given(cases(), st.sampled_from([0.5, 0.9, 0.999]), st.booleans())
+def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
+    """Finite wherever float64's result can be represented in float16, behind a norm too."""
+    dtype = torch.float16
+    x = case.input(torch.float64)
+    largest = float(x.abs().max()) if x.numel() else 0.
+    assume(largest > 0)
+    x = (x / largest * share * torch.finfo(dtype).max).to(dtype)
+    ce = case.layer()
+    exact = copy.deepcopy(ce).double()
+    if behind_norm:
+        norm = nn.BatchNorm2d(case.shape[1]).train(case.training)
+        x = x.reshape(*x.shape[:2], -1, 1)
+        assume(x.numel() > norm.num_features)
+        y, expected = batch_norm_ce(norm, ce, x), exact(copy.deepcopy(norm).double()(x.double()))
+    else:
+        y, expected = ce(x), exact(x.double())
+    representable = expected.abs() < 0.98 * torch.finfo(dtype).max
+    assert y.isfinite()[representable].all()
+    assert all(value.isfinite().all() for value in state(ce).values())
+
+
+@pytest.mark.skipif('float16' not in HALF, reason='torch 2.1 has no float16 products on CPUs')
+class TestFloat16:
+
+    @pytest.mark.parametrize('bd_ratio', [None, 0., 1.])
+    def test_gradients_that_are_sums_over_pixels_do_not_overflow(self, bd_ratio):
+        """4,096 pixels of about 100: their sum is far beyond 65504."""
+        ce = CE(8, bd_ratio=bd_ratio)
+        x = (torch.randn(1, 8, 64, 64) + 100).half()
+        exact, images = copy.deepcopy(ce).double(), x.double().requires_grad_()
+        ce(x.requires_grad_()).double().sum().backward()
+        exact(images).sum().backward()
+        for ours, theirs in zip((x, *ce.parameters()), (images, *exact.parameters())):
+            close(ours.grad.double(), theirs.grad, 0.02)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_a_channel_that_hardly_varies_about_a_large_mean(self, training):
+        """Behind a norm, where it is divided by next to nothing."""
+        norm, ce = nn.BatchNorm2d(4).train(training), CE(4).train(training)
+        z = torch.randn(2, 4, 6, 6)
+        z[:, 0] = 3e4
+        z[:, 1] = 3e4
+        z[0, 1, 0, 0] += 16
+        z = z.half()
+        norm.running_mean[:2] = 3e4
+        expected = copy.deepcopy(ce).double()(copy.deepcopy(norm).double()(z.double()))
+        torch.testing.assert_close(batch_norm_ce(norm, ce, z).double(), expected, rtol=0.01,
+                                   atol=0.01)
+
+
+@given(cases(scales=[1., 1e2], offsets=[0., 30.], kinds=['random', 'duplicated channels']))
+def test_float32_has_the_digits_of_float64(case):
+    assume(case.shape[1] >= 8)  # else F's LayerNorm is over one value: rounding, magnified
+    ce = case.layer()
+    exact, x = copy.deepcopy(ce).double(), case.input()
+    close(ce(x).double(), exact(x.double()), 2e-3)
+
+
+@given(cases(), st.sampled_from(LAYOUTS))
+def test_layout_does_not_matter(case, layout):
+    x = case.input(torch.float64)
+    assume(x.dim() == 4)
+    if layout == 'one image repeated':
+        x = x[:1].expand(case.shape)
+    other = {'contiguous': x.contiguous,
+             'channels_last': lambda: x.contiguous(memory_format=torch.channels_last),
+             'transposed': lambda: x.mT.contiguous().mT,
+             'sliced': lambda: torch.cat([x, x], -1)[..., :x.shape[-1]],
+             'one image repeated': lambda: x}[layout]()
+    ours, theirs = case.layer(torch.float64), case.layer(torch.float64)
+    close(ours(other), theirs(x.contiguous()), 1e-12)
+    close_states(state(ours), state(theirs), 1e-12)
+
+
+@given(cases(smallest=1))
+def test_evaluation_does_not_mix_samples(case):
+    ce, x = case.layer(torch.float64).eval(), case.input(torch.float64)
+    before = state(ce)
+    together = ce(x)
+    for n in range(len(x)):
+        close(together[n:n + 1], ce(x[n:n + 1]), 1e-12)
+    assert all(torch.equal(before[name], value) for name, value in state(ce).items())
+
+
+@given(cases(smallest=1), st.randoms(use_true_random=False))
+def test_permuting_samples_permutes_outputs(case, random):
+    ours, theirs = case.layer(torch.float64), case.layer(torch.float64)
+    x = case.input(torch.float64)
+    order = random.sample(range(len(x)), len(x))
+    close(ours(x[order]), theirs(x)[order])
+    close_states(state(ours), state(theirs))
+
+
+@given(cases(smallest=1))
+def test_groups_are_whitened_by_themselves(case):
+    """BD on a group's channels alone gives what BD on all channels gives them."""
+    case = case._replace(options={**case.options, 'bd_ratio': 1., 'freeze': 'none'})
+    whole, x = case.layer(torch.float64).train(), case.input(torch.float64)
+    part = CE(whole.group_size, dtype=torch.float64, **{**case.options, 'group_size': None})
+    chosen = slice(-whole.group_size, None)
+    close(part(x[:, chosen]), whole(x)[:, chosen])
+
+
+def batch_norm_and_ce(channels, **options):
+    # IR alone is not fused, and torch's batch norm keeps what it saw
+    options['bd_ratio'] = options['bd_ratio'] or 0.4
+    both = NormCE(nn.BatchNorm2d(channels, dtype=torch.float64),
+                  CE(channels, dtype=torch.float64, **options))
+    assert can_fuse(both.norm, both.ce, torch.ones(2, channels, 2, 2))
+    return both
+
+
+def decorrelating(cls):
+    return lambda channels, group_size, **_: cls(channels, group_size, dtype=torch.float64)
+
+
+TRACKING = {'CE': lambda channels, **options: CE(channels, dtype=torch.float64, **options),
+            'BN + CE': batch_norm_and_ce, 'IterNorm': decorrelating(IterNorm),
+            'DBN': decorrelating(DBN)}
+
+
+@pytest.mark.parametrize('build', TRACKING.values(), ids=TRACKING)
+@given(case=cases(smallest=2), value=st.sampled_from([float('nan'), float('inf'), -float('inf')]),
+       data=st.data())
+def test_a_batch_that_is_not_finite_leaves_no_trace(build, case, value, data):
+    """The running averages stay, and the next batch trains as if it had not been there."""
+    x = case.input(torch.float64)
+    assume(x.dim() == 4)
+    spoilt = x.clone()
+    spoilt.view(-1)[data.draw(st.integers(0, x.numel() - 1))] = value
+    torch.manual_seed(case.seed)
+    layer = build(x.shape[1], **{**case.options, 'freeze': 'none'})
+    untouched = copy.deepcopy(layer)
+    before = state(layer)
+    assert not layer(spoilt).isfinite().all()
+    assert all(torch.equal(before[name], value) for name, value in state(layer).items())
+    assert torch.equal(layer(x), untouched(x))
+    assert all(torch.equal(state(untouched)[name], value) for name, value in state(layer).items())
+
+
+@given(cases(smallest=1, kinds=KINDS[:4]), st.booleans())
+def test_bn_and_ce_in_one_are_one_after_the_other(case, norm_learns):
+    """At scales where batch norm's own eps does not decide alone."""
+    assume(case.scale >= 1e-3 and case.offset < 1e4)
+    ce, x = case.layer(torch.float64), case.input(torch.float64)
+    norm = nn.BatchNorm2d(case.shape[1], dtype=torch.float64).train(norm_learns)
+    nn.init.uniform_(norm.weight, 0.1, 2)
+    nn.init.normal_(norm.bias)
+    x = x.reshape(*x.shape[:2], -1, 1)
+    assume(can_fuse(norm, ce, x))
+    apart = copy.deepcopy(norm), copy.deepcopy(ce)
+    close(batch_norm_ce(norm, ce, x), apart[1](apart[0](x)), 1e-6)
+    close_states(state(norm, ce), state(*apart), 1e-6)
+
+
+@given(cases())
+def test_a_state_dict_is_all_there_is(case):
+    """A new layer with the state of another one, loaded strictly, computes the same."""
+    trained, x = case.layer(torch.float64), case.input(torch.float64)
+    trained(x)
+    fresh = CE(case.shape[1], dtype=torch.float64, **case.options)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.eval()(x), trained.eval()(x))
+
+
+@given(cases())
+def test_freezing_is_what_it_says(case):
+    """'all' moves no statistics, 'adaptive' and 'all' nothing that learns."""
+    ce, x = case.layer(torch.float64).train(), case.input(torch.float64)
+    before = state(ce)
+    ce(x)
+    moved = {name for name, value in state(ce).items() if not torch.equal(before[name], value)}
+    tracks = ce.freeze != 'all' and x.numel() > 0
+    assert ('0.num_batches_tracked' in moved) is tracks
+    assert bool(moved) is tracks
+    assert {p.requires_grad for p in ce.parameters()} <= {ce.freeze == 'none'}
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    with Ranks(3, tmp_path_factory.mktemp('ranks')) as started:
+        yield started
+
+
+@st.composite
+def splits(draw):
+    """Options, a seed, and each rank's (samples, height, width), of which some are empty."""
+    options = dict(group_size=draw(st.none() | st.integers(1, 16)),
+                   bd_ratio=draw(st.sampled_from([None, 0., 0.4, 1.])),
+                   freeze=draw(st.sampled_from(['none', 'adaptive'])))
+    shapes = [(draw(st.integers(0, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+              for _ in range(3)]
+    assume(any(n * h * w > 1 for n, h, w in shapes))
+    return dict(channels=draw(CHANNELS), options=options, shapes=shapes,
+                scale=draw(st.sampled_from([1e-3, 1., 1e2])), seed=draw(st.integers(0, 999)))
+
+
+@given(split=splits(), spoil=st.booleans())
+def test_splitting_a_batch_over_ranks_changes_nothing(ranks, split, spoil):
+    """Three real processes: outputs, gradients and buffers of one process on the whole batch.
+
+    A batch with a NaN on one rank, before, leaves no trace on any of them.
+    """
+    parts = Ranks.inputs(**split)
+    bad = next(rank for rank, x in enumerate(parts) if len(x)) if spoil else None
+    results = ranks.train(**split, bad=bad)
+    ce = Ranks.layer(CE, split['channels'], split['options'])
+    leaves = [x.requires_grad_() for x in parts]
+    outputs = reference_step(ce, leaves)
+    torch.autograd.backward(outputs, [y.detach() for y in outputs])
+    for result, expected, x in zip(results, outputs, leaves):
+        close(torch.from_numpy(result['output']), expected.detach())
+        close(torch.from_numpy(result['gradient']), x.grad, 1e-8)
+        for name, buffer in ce.named_buffers():
+            close(torch.from_numpy(result['buffers'][name]).double(), buffer.double())

@@ -1,0 +1,224 @@
+"""insert_ce and the CE norms, on networks in the styles of torchvision, timm and MMDetection."""
+import pytest
+import torch
+from mmdet.models.backbones import ResNet
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cenet_mmdet import CE, SyncCE, insert_ce
+from cenet_mmdet.models.insert import NormCE
+
+
+class TorchvisionBlock(nn.Module):
+    """A basic block as torchvision writes it: norms as attributes, one rectifier for all."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)).add_(x))
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """A norm with its activation inside, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def torchvision_style():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+                         TorchvisionBlock(8), TorchvisionBlock(8))
+
+
+def timm_style():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 8, 3),
+                         BatchNormAct2d(8))
+
+
+def mmdet_style():
+    return ResNet(50, base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
+                  dilations=(1, 1), out_indices=(0, 1), zero_init_residual=False)
+
+
+STYLES = {
+    'torchvision': (torchvision_style, r'\d\.bn2', ['3.bn2', '4.bn2']),
+    'timm': (timm_style, '.*', ['1', '3']),
+    'mmdet': (mmdet_style, r'layer\d\.\d\.bn3', [f'layer1.{i}.bn3' for i in range(3)]
+              + [f'layer2.{i}.bn3' for i in range(4)]),
+}
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(model):
+    out = model(images())
+    return out if isinstance(out, tuple) else (out, )
+
+
+@pytest.mark.parametrize('style', STYLES)
+class TestStyles:
+
+    def test_places_and_training(self, style):
+        """CE stands where asked for, learns, and comes before the rectifier."""
+        make, where, names = STYLES[style]
+        model = insert_ce(make(), where, dict(group_size=4))
+        layers = [m for m in model.modules() if isinstance(m, CE)]
+        assert len(layers) == len(names)
+        assert all(layer.group_size == 4 for layer in layers)
+        signs = []
+        for layer in layers:
+            layer.register_forward_hook(lambda m, x, y: signs.append(bool((x[0] < 0).any())))
+        sum(o.mean() for o in outputs(model)).backward()
+        assert signs == [True] * len(names)  # features not yet rectified
+        assert all(layer.lambda_logit.grad is not None for layer in layers)
+        assert all(layer.num_batches_tracked == 1 for layer in layers)
+
+    def test_parents_checkpoint_loads(self, style, tmp_path):
+        """By torch and by MMEngine: all of the parent's entries, and nothing else is missing."""
+        make, where, _ = STYLES[style]
+        torch.manual_seed(0)
+        parent = make()
+        for _ in range(2):
+            outputs(parent)
+        model = insert_ce(make(), where)
+        result = model.load_state_dict(parent.state_dict(), strict=False)
+        assert not result.unexpected_keys
+        assert all('.ce.' in key for key in result.missing_keys)
+        reloaded = insert_ce(make(), where)
+        save_checkpoint(parent.state_dict(), str(tmp_path / 'parent.pth'))
+        load_checkpoint(reloaded, str(tmp_path / 'parent.pth'))
+        for network in (model, reloaded):
+            network.eval()
+            for layer in network.modules():
+                if isinstance(layer, CE):  # as good as absent: W = I, lambda = 1
+                    layer.lambda_logit.data.fill_(100)
+        parent.eval()
+        for ours, again, expected in zip(outputs(model), outputs(reloaded), outputs(parent)):
+            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(again, expected)
+
+    def test_own_checkpoint_round_trip(self, style):
+        make, where, _ = STYLES[style]
+        model, other = (insert_ce(make(), where) for _ in range(2))
+        outputs(model)
+        other.load_state_dict(model.state_dict())
+        for ours, expected in zip(outputs(other.eval() or other), outputs(model.eval() or model)):
+            assert torch.equal(ours, expected)
+
+
+class TestSelection:
+
+    def test_a_function_selects(self):
+        model = insert_ce(torchvision_style(), lambda name, norm: norm.num_features == 8
+                          and name != '1')
+        assert sum(isinstance(m, CE) for m in model.modules()) == 4
+
+    def test_sync_ce_and_other_layers(self):
+        model = insert_ce(torchvision_style(), '1', dict(type='SyncCE', bd_ratio=1.0))
+        assert type(model[1].ce) is SyncCE
+        assert insert_ce(torchvision_style(), '1', dict(type=nn.BatchNorm2d))[1].ce.num_features \
+            == 8
+
+    def test_before_the_norm(self):
+        model = insert_ce(torchvision_style(), '1', before=True)
+        assert model[1].before
+        order = []
+        model[1].norm.register_forward_hook(lambda *_: order.append('norm'))
+        model[1].ce.register_forward_hook(lambda *_: order.append('ce'))
+        model(images())
+        assert order == ['ce', 'norm']
+
+    def test_a_shared_norm_stays_shared(self):
+        norm = nn.BatchNorm2d(3)
+        model = insert_ce(nn.Sequential(norm, nn.ReLU(), norm), '0', dict(group_size=3))
+        assert isinstance(model[0], NormCE)
+        assert model[0] is model[2]
+
+    def test_a_norm_alone_and_group_norm(self):
+        assert isinstance(insert_ce(nn.GroupNorm(2, 8), '').ce, CE)
+
+    def test_twice_is_not_twice(self):
+        model = insert_ce(torchvision_style(), '1')
+        with pytest.raises(ValueError, match='selects no normalization layer'):
+            insert_ce(model, r'1(\.norm)?')
+
+    @pytest.mark.parametrize('where', ['layer1', r'\d\.conv1', lambda name, norm: False])
+    def test_nothing_selected_lists_what_there_is(self, where):
+        with pytest.raises(ValueError, match=r'There are: 1, 3\.bn1, 3\.bn2, 4\.bn1, 4\.bn2$'):
+            insert_ce(torchvision_style(), where)
+
+    def test_a_network_without_norms(self):
+        with pytest.raises(ValueError, match='none, the network has no batch'):
+            insert_ce(nn.Sequential(nn.Conv2d(3, 8, 3)), '.*')
+
+    def test_an_unknown_layer(self):
+        with pytest.raises(ValueError, match="no layer 'Nothing' in the registry"):
+            insert_ce(torchvision_style(), '1', dict(type='Nothing'))
+
+
+class TestNormCfg:
+    """norm_cfg=dict(type='CEBN') in models that know nothing of it."""
+
+    NORMS = {'CEBN': {}, 'CESyncBN': {}, 'CEIN': dict(affine=True), 'CEGN': dict(num_groups=4)}
+
+    @staticmethod
+    def resnet(kind, **norm_cfg):
+        return ResNet(50, base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
+                      dilations=(1, 1), out_indices=(0, 1), zero_init_residual=False,
+                      norm_eval=False, norm_cfg=dict(type=kind, **norm_cfg))
+
+    @pytest.mark.parametrize('kind', ['CEBN', 'CEIN', 'CEGN'])
+    def test_every_norm_gets_ce(self, kind):
+        model = self.resnet(kind, ce_cfg=dict(group_size=4), **self.NORMS[kind])
+        model.init_weights()
+        outputs(model)[-1].mean().backward()
+        layers = [m for m in model.modules() if isinstance(m, CE)]
+        assert len(layers) == 24
+        assert {layer.group_size for layer in layers} == {4}
+        assert all(layer.num_batches_tracked == 1 for layer in layers)
+
+    @pytest.mark.parametrize('kind', NORMS)
+    def test_plain_weights_load(self, kind):
+        plain = self.resnet(kind[2:], **self.NORMS[kind])
+        model = self.resnet(kind, **self.NORMS[kind])
+        result = model.load_state_dict(plain.state_dict(), strict=False)
+        assert not result.unexpected_keys
+        assert all('.ce.' in key for key in result.missing_keys)
+
+    def test_conversions_reach_the_norm_and_leave_ce(self):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(self.resnet('CEBN'))
+        assert isinstance(model.bn1.norm, nn.SyncBatchNorm)
+        assert type(model.bn1.ce) is CE
+        model = SyncCE.convert_sync_ce(model)
+        assert type(model.bn1.ce) is SyncCE
+
+    def test_norm_eval_reaches_the_norm(self):
+        model = ResNet(50, base_channels=8, stem_channels=8, norm_cfg=dict(type='CEBN'),
+                       norm_eval=True, frozen_stages=1)
+        model.train()
+        assert not any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
+        assert not model.layer1[0].bn1.ce.training  # its stage is frozen
+        assert model.layer2[0].bn1.ce.training
+
+    @pytest.mark.parametrize('kind', ['IterNorm', 'DBN'])
+    def test_decorrelating_norms(self, kind):
+        model = MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=8, stem_channels=8,
+                                  norm_cfg=dict(type=kind, requires_grad=True)))
+        outputs(model)[-1].mean().backward()
+        assert type(model.bn1).__name__ == kind
+        assert model.bn1.weight.grad is not None

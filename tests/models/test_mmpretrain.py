@@ -1,0 +1,304 @@
+"""Classifiers: the configs of Tables 1 to 4 and of CIFAR-10, and the way on to detection."""
+import hashlib
+import importlib.util
+import pickle
+import re
+
+# isort: off
+import cenet_mmdet.models.mmpretrain  # noqa: F401 - before mmpretrain, which asks for torchvision
+# isort: on
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tool
+from mmcv.cnn import ConvModule
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmpretrain.models import SELayer
+from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
+from torch import nn
+
+from cenet_mmdet import CE, DBN, CEMobileNetV2, CEResNet, IterNorm
+from cenet_mmdet.analysis.complexity import complexity
+from cenet_mmdet.datasets.cifar10 import CorruptedCIFAR10
+from cenet_mmdet.models.insert import NormCE
+from cenet_mmdet.models.mmpretrain import CEVGG, CEShuffleNetV2
+
+IMAGENET = ROOT / 'configs' / 'imagenet'
+CIFAR = ROOT / 'configs' / 'cifar10'
+DEMO = ROOT / 'configs' / 'demo'
+
+# config -> (CE layers, SE layers, millions of parameters)
+ROWS = {
+    'resnet18': (0, 0, 11.690), 'resnet50': (0, 0, 25.557), 'resnet101': (0, 0, 44.549),
+    'se_resnet18': (0, 8, 11.780), 'se_resnet50': (0, 16, 28.088),
+    'se_resnet101': (0, 33, 49.327),
+    'ce_resnet18': (9, 0, 12.041), 'ce_resnet50': (14, 0, 29.332),
+    'ce_resnet101': (8, 0, 45.175),
+    'mobilenet_v2': (0, 0, 3.505), 'se_mobilenet_v2': (0, 17, 3.549),
+    'ce_mobilenet_v2': (17, 0, 3.619),
+    'shufflenet_v2_x0_5': (0, 0, 1.367), 'se_shufflenet_v2_x0_5': (0, 16, 1.382),
+    'ce_shufflenet_v2_x0_5': (16, 0, 1.396),
+    'shufflenet_v2_x1_0': (0, 0, 2.279), 'se_shufflenet_v2_x1_0': (0, 16, 2.329),
+    'ce_shufflenet_v2_x1_0': (16, 0, 2.448),
+    'dbn_resnet18': (0, 0, 11.690), 'dbn_resnet50': (0, 0, 25.557),
+    'iternorm_resnet18': (0, 0, 11.690), 'iternorm_resnet50': (0, 0, 25.557),
+    'ce_resnet50_bd': (14, 0, 25.557), 'ce_resnet50_ir': (14, 0, 29.332),
+    'ce2_resnet50': (14, 0, 25.796),
+}
+
+
+def build(path):
+    init_default_scope('mmpretrain')
+    return MODELS.build(Config.fromfile(path).model)
+
+
+def count(model, kind):
+    return sum(isinstance(m, kind) for m in model.modules())
+
+
+def test_all_rows_are_listed():
+    assert {path.stem for path in IMAGENET.glob('*.py')} == set(ROWS)
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_imagenet_row(row):
+    """The row's layers and its size."""
+    model = build(IMAGENET / f'{row}.py')
+    ce_layers, se_layers, millions = ROWS[row]
+    assert count(model, CE) == ce_layers
+    # mmpretrain's own SE networks and ours have the same layer
+    assert count(model, SELayer) == se_layers
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
+    norms = {'dbn': DBN, 'iternorm': IterNorm}.get(row.split('_')[0])
+    if norms:
+        assert count(model, norms) == (20 if '18' in row else 53)
+        assert not count(model, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize('row', [
+    'ce_resnet18', 'se_resnet18', 'dbn_resnet18', 'iternorm_resnet18', 'se_mobilenet_v2',
+    'ce_mobilenet_v2', 'se_shufflenet_v2_x0_5', 'ce_shufflenet_v2_x0_5'])
+def test_imagenet_row_runs(row):
+    """In training, where all parameters learn, and in evaluation."""
+    model = build(IMAGENET / f'{row}.py')
+    images = torch.randn(2, 3, 64, 64)
+    model(images).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert model(images).shape == (2, 1000)
+
+
+def test_recipe_is_the_released_codes():
+    for path in IMAGENET.glob('*.py'):
+        cfg = Config.fromfile(path)
+        assert set(cfg.optim_wrapper) <= {'optimizer', '_scope_'}  # the same for every parameter
+        optimizer = cfg.optim_wrapper.optimizer
+        assert (optimizer.type, optimizer.lr) == ('SGD', 0.1)
+        assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-4)
+        warm_up, steps = cfg.param_scheduler
+        assert (warm_up.begin, warm_up.end) == (0, 5)
+        assert steps.milestones == [30, 60, 90]
+        assert cfg.train_cfg.max_epochs == 100
+        assert cfg.train_dataloader.batch_size == 32
+        assert cfg.auto_scale_lr == dict(base_batch_size=256, enable=False)
+        assert cfg.model.head.loss == dict(type='LabelSmoothLoss', label_smooth_val=0.1)
+
+
+def test_no_norm_starts_at_zero():
+    model = build(IMAGENET / 'resnet18.py')
+    model.init_weights()
+    assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    conv = model.backbone.layer4[1].conv2.weight  # N(0, 2 / (k * k * C_out))
+    assert float(conv.detach().std()) == pytest.approx((2 / (9 * 512))**0.5, rel=0.02)
+
+
+def test_lighting_does_not_wrap_round():
+    """White stays white: in integers 255 + 1 would be black."""
+    step, = (t for t in Config.fromfile(IMAGENET / 'resnet50.py').train_pipeline
+             if t.type == 'Lighting')
+    lighting = TRANSFORMS.build(step)
+    np.random.seed(0)  # noqa: NPY002 - MMCV draws from the global generator
+    white = np.full((4, 4, 3), 255, np.float32)
+    changes = np.stack([lighting(dict(img=white))['img'][0, 0] - 255 for _ in range(2000)])
+    assert np.abs(changes).max() < 40
+    expected = 0.1**2 * (np.array(step.eigvec) * step.eigval)**2  # per channel and direction
+    np.testing.assert_allclose(changes.var(0), expected.sum(1), rtol=0.15)
+
+
+class TestBackbones:
+
+    @pytest.mark.parametrize('backbone', [
+        lambda: CEMobileNetV2(out_indices=(1, 2, 4, 7)),
+        lambda: CEShuffleNetV2(out_indices=(0, 1, 2)),
+        lambda: CEVGG(11, out_indices=(1, 2, 3, 4))], ids=['mobilenet', 'shufflenet', 'vgg'])
+    def test_pyramid_and_plain_weights(self, backbone):
+        """The parent's pyramid; its weights load with nothing but CE missing."""
+        model = backbone()
+        parent_class = type(model).__mro__[2]
+        plain = {'CEMobileNetV2': dict(out_indices=(1, 2, 4, 7)),
+                 'CEShuffleNetV2': dict(out_indices=(0, 1, 2)),
+                 'CEVGG': dict(depth=11, out_indices=(1, 2, 3, 4), norm_cfg=dict(type='BN'))}
+        parent = parent_class(**plain[type(model).__name__])
+        images = torch.randn(2, 3, 64, 64)
+        assert [f.shape for f in model(images)] == [f.shape for f in parent(images)]
+        result = model.load_state_dict(parent.state_dict(), strict=False)
+        assert not result.unexpected_keys
+        assert all('.ce.' in key for key in result.missing_keys)
+
+    def test_ce_stands_before_rectifier_and_shuffle(self):
+        model = CEShuffleNetV2()
+        block = model.layers[0][1].branch2[2]
+        assert isinstance(block.bn, NormCE)
+        assert block.with_activation
+        assert isinstance(CEMobileNetV2().layer2[0].linear_conv.bn, NormCE)
+
+    def test_frozen_stages_cover_ce(self):
+        model = CEMobileNetV2(frozen_stages=2)
+        model.train()
+        assert not any(p.requires_grad for p in model.layer2.parameters())
+        assert not model.layer2[0].linear_conv.bn.ce.training
+        assert model.layer3[0].linear_conv.bn.ce.training
+
+    @pytest.mark.parametrize(('share', 'layers'), [(1.0, 13), (0.75, 9), (0.5, 6), (0.1, 1)])
+    def test_share(self, share, layers):
+        assert count(CEVGG(16, ce_share=share), CE) == layers
+
+    @pytest.mark.parametrize('arguments', [dict(ce_share=0), dict(ce_share=1.5),
+                                           dict(ce_share=0.01), dict(ce_position='beside')])
+    def test_bad_arguments(self, arguments):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            CEVGG(16, **arguments)
+
+    def test_frozen_and_never_set_is_refused(self):
+        model = CEMobileNetV2(ce_cfg=dict(freeze='all'))
+        with pytest.raises(RuntimeError, match='never loaded or trained: layer1'):
+            model(torch.randn(1, 3, 32, 32))
+
+
+class TestCIFAR:
+
+    @pytest.fixture
+    def cifar(self, tmp_path, monkeypatch):
+        """Files in CIFAR-10's format, 20 images in each of the five batches."""
+        folder = tmp_path / CorruptedCIFAR10.base_folder
+        folder.mkdir()
+        files = {}
+        for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
+            content = pickle.dumps({'data': np.zeros((20, 3072), np.uint8), 'labels': [3] * 20})
+            (folder / name).write_bytes(content)
+            files[name] = [name, hashlib.md5(content).hexdigest()]
+        content = pickle.dumps({'label_names': list(CorruptedCIFAR10.METAINFO['classes'])})
+        (folder / 'batches.meta').write_bytes(content)
+        meta = dict(CorruptedCIFAR10.meta, md5=hashlib.md5(content).hexdigest())
+        monkeypatch.setattr(CorruptedCIFAR10, 'train_list', list(files.values())[:5])
+        monkeypatch.setattr(CorruptedCIFAR10, 'test_list', [files['test_batch']])
+        monkeypatch.setattr(CorruptedCIFAR10, 'meta', meta)
+        monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path))
+        return tmp_path
+
+    def labels(self, **options):
+        cfg = Config.fromfile(CIFAR / 'vgg16.py')
+        init_default_scope('mmpretrain')
+        cfg.train_dataloader.dataset.update(options)
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        return [dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))]
+
+    def test_corrupted_labels(self, cifar):
+        clean, some, more = (np.array(self.labels(corrupted=share)) for share in (0, 0.4, 0.8))
+        assert (clean == 3).all()
+        assert 0.2 < (some != 3).mean() <= 0.4
+        assert 0.6 < (more != 3).mean() <= 0.8
+        assert (more[some != 3] == some[some != 3]).all()  # the same images and more
+        assert self.labels(corrupted=0.4) == some.tolist()
+        assert self.labels(corrupted=0.4, seed=1) != some.tolist()
+
+    def test_share_out_of_range(self, cifar):
+        with pytest.raises(ValueError, match='corrupted must lie in'):
+            self.labels(corrupted=1.2)
+
+    @pytest.mark.parametrize('norm', [
+        dict(type='BN'), dict(type='IN', affine=True), dict(type='GN', num_groups=32),
+        dict(type='GN', num_groups=1)], ids=str)
+    @pytest.mark.parametrize('activation', ['ReLU', 'ELU', 'LeakyReLU'])
+    def test_norms_and_activations(self, norm, activation):
+        cfg = Config.fromfile(CIFAR / 'ce_vgg16.py')
+        cfg.model.backbone.norm_cfg = norm
+        cfg.model.backbone.act_cfg.type = activation
+        init_default_scope('mmpretrain')
+        model = MODELS.build(cfg.model)
+        assert count(model, CE) == 13
+        rectifiers = [type(m.activate) for m in model.modules() if isinstance(m, ConvModule)]
+        assert rectifiers == [getattr(nn, activation)] * 13
+        assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.long
+def test_from_classifier_to_detector(shapes, tmp_path):
+    """Pretrain as users do, then train a detector from the checkpoint as it is."""
+    tool('dev/crop_objects.py', shapes, tmp_path / 'crops')
+    tool('train.py', DEMO / 'ce_r18_shapes_classifier.py', '--auto-scale-lr', '--cfg-options',
+         'train_cfg.max_epochs=1', 'train_dataloader.batch_size=8', 'param_scheduler.1.T_max=1',
+         cwd=tmp_path, env=dict(IMAGENET_ROOT=str(tmp_path / 'crops')))
+    checkpoint = tmp_path / 'work_dirs/ce_r18_shapes_classifier/epoch_1.pth'
+    weights = torch.load(checkpoint, weights_only=False)['state_dict']
+    out = tool('train.py', DEMO / 'mask_rcnn_ce_r18_shapes_pretrained.py', '--cfg-options',
+               'train_cfg.max_epochs=1', 'param_scheduler.1.T_max=1',
+               'optim_wrapper.optimizer.lr=0', 'optim_wrapper.optimizer.weight_decay=0',
+               'val_dataloader.dataset.indices=1', cwd=tmp_path,
+               env=dict(COCO_ROOT=str(shapes), CE_RESNET18_CHECKPOINT=str(checkpoint))).stdout
+    assert not re.search('missing keys|unexpected key|size mismatch', out)
+    detector = torch.load(tmp_path / 'work_dirs/mask_rcnn_ce_r18_shapes_pretrained/epoch_1.pth',
+                          weights_only=False)['state_dict']
+    learned = [name for name in weights if name.startswith('backbone.')
+               and not re.search(r'running|num_batches', name)]
+    assert len(learned) > 60
+    assert all(torch.equal(weights[name], detector[name]) for name in learned)
+
+
+class TestPreflight:
+
+    @pytest.mark.parametrize(('config', 'variable', 'folder'), [
+        (IMAGENET / 'ce_resnet50.py', 'IMAGENET_ROOT', 'train'),
+        (CIFAR / 'ce_vgg16.py', 'CIFAR10_ROOT', 'cifar-10-batches-py')], ids=['imagenet', 'cifar'])
+    def test_missing_images(self, config, variable, folder, tmp_path):
+        result = tool('train.py', config, cwd=tmp_path, env={variable: '/nowhere'}, check=False)
+        assert result.returncode == 1
+        assert f'images not found: /nowhere/{folder}. Set {variable}' in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_torchvision_stays_as_missing_as_it_is():
+    if importlib.util.find_spec('torchvision'):
+        pytest.skip('torchvision is installed: mmpretrain imports the real one')
+    with pytest.raises(ImportError):
+        importlib.import_module('torchvision')
+    from mmpretrain.datasets.transforms.processing import MAERandomResizedCrop
+    with pytest.raises(ImportError, match='needs torchvision'):
+        MAERandomResizedCrop(size=8)
+
+
+class TestComplexity:
+
+    def test_a_layer_by_hand(self):
+        """C = 32, d = 16, 4 x 5 pixels: 32 * 16 * 20 for the operator, 2 * 32 * 8 for F."""
+        ce = CE(32)
+        result = complexity(ce, lambda: ce(torch.randn(1, 32, 4, 5)))
+        assert result.parameters == sum(p.numel() for p in ce.parameters())
+        assert result.multiply_adds == 32 * 16 * 20 + 2 * 32 * 8
+        assert result.merged == 2 * 32 * 20 + 2 * 32 * 8
+        assert ce.training
+
+    @pytest.mark.parametrize(('ratio', 'merged'), [(1.0, 0), (0.0, 2 * 32 * 20 + 2 * 32 * 8)])
+    def test_one_branch(self, ratio, merged):
+        ce = CE(32, bd_ratio=ratio)
+        assert complexity(ce, lambda: ce(torch.randn(1, 32, 4, 5))).merged == merged
+
+    def test_within_a_network(self):
+        """CE layers called inside others are found; the rest counts the same."""
+        plain, ours = CEResNet(18, ce_blocks=[()] * 4, ce_stem=False), CEResNet(18)
+        image = torch.randn(1, 3, 64, 64)
+        expected = complexity(plain, lambda: plain(image))
+        result = complexity(ours, lambda: ours(image))
+        assert expected.multiply_adds == expected.merged
+        assert 0 < result.merged - expected.merged < result.multiply_adds - expected.multiply_adds

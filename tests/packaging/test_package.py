@@ -1,0 +1,129 @@
+"""The package as such: what it imports, requires and registers, and its configs by name."""
+import subprocess
+import sys
+from collections import Counter
+from importlib.metadata import requires
+
+import pytest
+from conftest import ROOT, run
+from mmengine import hub
+from mmengine.config import Config
+from mmengine.fileio import load
+
+import cenet_mmdet
+
+WITHOUT = '''
+import sys
+for name in ('mmengine', 'mmcv', 'mmdet', 'numpy', 'pycocotools', 'cv2', 'matplotlib'):
+    sys.modules[name] = None  # importing it raises ImportError
+import torch
+from cenet_mmdet import CE
+ce = CE(32)
+x = torch.randn(2, 32, 4, 4, requires_grad=True)
+ce(x).sum().backward()
+ce.eval()(x)
+CE(32).load_state_dict(ce.state_dict())
+print('works with torch alone')
+'''
+
+
+def test_layers_need_torch_alone(tmp_path):
+    assert 'works with torch alone' in run(sys.executable, '-c', WITHOUT, cwd=tmp_path).stdout
+
+
+def test_importing_registers_for_every_library(tmp_path):
+    code = ('import cenet_mmdet; from mmengine.registry import MODELS; '
+            'print(MODELS.get("CE"), MODELS.get("CEResNet"))')
+    out = run(sys.executable, '-W', 'ignore', '-c', code, cwd=tmp_path).stdout
+    assert 'cenet_mmdet.layers.ce.CE' in out
+    assert 'cenet_mmdet.models.backbones.ce_resnet.CEResNet' in out
+
+
+def test_installing_pulls_nothing():
+    """torch, mmcv and mmdet stay as the user has them: all requirements are optional extras."""
+    assert all('extra ==' in requirement for requirement in requires('cenet-mmdet') or [])
+    names = ' '.join(requires('cenet-mmdet'))
+    assert not any(name in names for name in ('torch', 'mmcv', 'mmengine', 'mmdet'))
+
+
+def test_make_help_lists_the_commands():
+    out = subprocess.run(['make', '-C', str(ROOT), 'help'], capture_output=True, text=True,
+                         check=True).stdout
+    for command in ('make demo', 'make test', 'make lint', 'make setup'):
+        assert command in out
+
+
+class TestConfigScope:
+
+    @staticmethod
+    def derived(folder, base):
+        path = folder / f'{base.count("/")}.py'
+        path.write_text(f'_base_ = {base!r}\nmodel = dict(backbone=dict(frozen_stages=2))\n')
+        return Config.fromfile(path)
+
+    def test_a_base_by_name_is_the_base_by_path(self, tmp_path):
+        by_name = self.derived(tmp_path, 'cenet_mmdet::mask_rcnn_ce_r50.py')
+        by_path = self.derived(tmp_path, str(ROOT / 'configs' / 'mask_rcnn_ce_r50.py'))
+        assert by_name.to_dict() == by_path.to_dict()
+        assert by_name.model.backbone.type == 'CEResNet'
+        assert by_name.model.backbone.frozen_stages == 2
+
+    def test_bases_of_other_packages_are_resolved_as_before(self, tmp_path):
+        cfg = self.derived(tmp_path, 'mmdet::_base_/models/mask-rcnn_r50_fpn.py')
+        assert cfg.model._scope_ == 'mmdet'
+        with pytest.raises(AssertionError, match='does not support to load elsewhere'):
+            self.derived(tmp_path, 'elsewhere::a/b.py')
+
+    @pytest.mark.parametrize('name', ['mask_rcnn_ce_50.py', '../setup.py', '/etc/hostname'])
+    def test_an_unknown_name_gets_the_nearest(self, name, tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            self.derived(tmp_path, f'cenet_mmdet::{name}')
+        assert f'no config {name!r}' in str(error.value)
+        if name.startswith('mask'):
+            assert 'nearest there are mask_rcnn_ce_r50.py or ' in str(error.value)
+
+    def test_the_hub(self):
+        name = 'cenet_mmdet::demo/mask_rcnn_ce_r18_shapes.py'
+        assert hub.get_config(name).model.backbone.base_channels == 24
+        model = hub.get_model(name)
+        assert type(model).__name__ == 'MaskRCNN'
+        assert isinstance(model.backbone, cenet_mmdet.CEResNet)
+        with pytest.raises(ValueError, match='no weights to download'):
+            hub.get_model(name, pretrained=True)
+        name = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+        assert hub.get_config(name).model.type == 'RetinaNet'
+
+    @pytest.mark.parametrize('function', ['get_config', 'get_model'])
+    def test_functions_of_the_hub_from_before_say_what_to_do(self, function):
+        with pytest.raises(ImportError, match=r'Import cenet_mmdet first\.'):
+            getattr(hub, function).__wrapped__('cenet_mmdet::mask_rcnn_ce_r50.py')
+
+
+@pytest.fixture(scope='module')
+def models():
+    """Entries of the metafiles, as MMEngine and MIM read them."""
+    metafiles = [load(ROOT / path) for path in load(ROOT / 'model-index.yml')['Import']]
+    collections = {c['Name'] for metafile in metafiles for c in metafile.get('Collections', ())}
+    models = [model for metafile in metafiles for model in metafile['Models']]
+    assert {model['In Collection'] for model in models} == collections
+    return models
+
+
+class TestMetafiles:
+
+    def test_every_config_has_an_entry_of_its_own(self, models):
+        configs = {path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/**/*.py')
+                   if path.parent.name not in ('_base_', 'demo')}
+        assert Counter(model['Config'] for model in models) == Counter(configs)
+        assert max(Counter(model['Name'] for model in models).values()) == 1
+
+    def test_no_result_of_the_papers_passes_for_ours(self, models):
+        assert not [m['Name'] for m in models if 'Results' in m or 'Weights' in m]
+
+    @pytest.mark.parametrize('path', ['mask_rcnn_ce_r50.py', 'mask_rcnn_ce_r50_1x.py',
+                                      'imagenet/ce_resnet50.py', 'cifar10/ce_vgg16.py'])
+    def test_what_an_entry_says_is_what_the_config_does(self, path, models):
+        entry, = (model for model in models if model['Config'] == f'configs/{path}')
+        cfg = Config.fromfile(ROOT / 'configs' / path)
+        assert entry['Metadata']['Epochs'] == cfg.train_cfg.max_epochs
+        assert entry['Metadata']['Batch Size'] == cfg.auto_scale_lr.base_batch_size

@@ -1,0 +1,276 @@
+"""The command lines as users type them, from a working directory of their own."""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FEW_ROIS, ROOT, SMALL, run, tool
+from mmengine.runner.checkpoint import save_checkpoint
+
+from cenet_mmdet import CEResNet
+
+CONFIG = ROOT / 'configs' / 'mask_rcnn_ce_r50.py'
+DEMO_CONFIG = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
+PYTHON_TOOLS = sorted(path.name for path in (ROOT / 'tools').glob('[a-z]*.py'))
+SHELL_TOOLS = ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh']
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    """CE-ResNet-50 weights whose statistics are set, as after ImageNet training."""
+    torch.manual_seed(0)
+    backbone = CEResNet(50)
+    backbone.train()
+    with torch.no_grad():
+        for _ in range(3):
+            backbone(torch.randn(4, 3, 64, 64))
+    path = tmp_path_factory.mktemp('weights') / 'ce_resnet50.pth'
+    save_checkpoint(backbone.state_dict(), str(path))
+    return path
+
+
+class TestHelp:
+
+    @pytest.mark.parametrize('name', PYTHON_TOOLS)
+    def test_python_tools_show_an_example(self, name, tmp_path):
+        out = tool(name, '--help', cwd=tmp_path).stdout
+        assert re.search(rf'python3? tools/{name}', out)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize('name', SHELL_TOOLS)
+    def test_shell_tools_show_an_example(self, name, tmp_path):
+        out = run(ROOT / 'tools' / name, '--help', cwd=tmp_path).stdout
+        assert out.count(f'tools/{name}') >= 2
+
+    @pytest.mark.parametrize('name', SHELL_TOOLS)
+    def test_shell_tools_refuse_missing_arguments(self, name):
+        result = run(ROOT / 'tools' / name, check=False)
+        assert result.returncode == 2
+        assert f'tools/{name}' in result.stderr
+
+    def test_the_number_of_gpus_is_checked(self):
+        result = run(ROOT / 'tools/dist_train.sh', CONFIG, 'eight', check=False)
+        assert result.returncode == 2
+        assert "got 'eight'" in result.stderr
+
+    def test_slurm_says_where_it_belongs(self):
+        result = run(ROOT / 'tools/slurm_train.sh', 'gpu', 'job', CONFIG, 'work', check=False)
+        assert result.returncode == 1
+        assert 'srun not found' in result.stderr
+
+
+class TestLaunchers:
+
+    def test_torchrun_starts_the_tool_from_any_folder(self, tmp_path):
+        """Two real processes, which stop at the check of the files."""
+        python = Path(sys.executable).parent
+        result = run(ROOT / 'tools/dist_train.sh', CONFIG, 2, cwd=tmp_path, check=False,
+                     env=dict(COCO_ROOT='/nowhere', PORT='29511',
+                              PATH=f'{python}:{os.environ["PATH"]}'))
+        assert result.returncode != 0
+        assert 'nproc' not in result.stderr
+        assert result.stderr.count('annotations not found: /nowhere/annotations/'
+                                   'instances_train2017.json') == 2
+
+    def test_slurm_command_line(self, tmp_path):
+        """srun does not exist here; a stand-in shows what it would be given."""
+        srun = tmp_path / 'srun'
+        srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        srun.chmod(0o755)
+        out = run(ROOT / 'tools/slurm_train.sh', 'gpu', 'job', CONFIG, 'work', '--amp',
+                  env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16',
+                           SRUN_ARGS='--time=1 --qos=x')).stdout.splitlines()
+        assert {'--partition=gpu', '--job-name=job', '--ntasks=16', '--ntasks-per-node=8',
+                '--time=1', '--qos=x'} <= set(out)
+        command = out[out.index('python'):]
+        assert command == ['python', '-u', str(ROOT / 'tools/train.py'), str(CONFIG),
+                           '--work-dir=work', '--launcher=slurm', '--amp']
+
+
+class TestMissingFiles:
+    """One clear message before anything starts; nothing is written."""
+
+    @staticmethod
+    def refusal(tmp_path, *arguments, **env):
+        result = tool(*arguments, cwd=tmp_path, env=env, check=False)
+        assert result.returncode == 1
+        assert 'Traceback' not in result.stderr
+        assert not list(tmp_path.iterdir())
+        return result.stderr
+
+    def test_no_data(self, tmp_path, pretrained):
+        message = self.refusal(tmp_path, 'train.py', CONFIG, COCO_ROOT='/nowhere',
+                               CE_RESNET50_CHECKPOINT=str(pretrained))
+        assert '/nowhere/annotations/instances_train2017.json' in message
+        assert 'Set COCO_ROOT' in message
+
+    def test_no_weights(self, tmp_path, shapes):
+        message = self.refusal(tmp_path, 'train.py', CONFIG, COCO_ROOT=str(shapes),
+                               CE_RESNET50_CHECKPOINT='/nowhere/ce.pth')
+        assert message.count('\n') == 1
+        assert 'pretrained weights not found: /nowhere/ce.pth' in message
+        assert 'CE_RESNET50_CHECKPOINT' in message
+
+    def test_a_classifier_needs_a_prefix(self, tmp_path_factory, tmp_path, shapes):
+        """MMDetection's ResNet would load nothing from it."""
+        path = tmp_path_factory.mktemp('weights') / 'classifier.pth'
+        torch.save(dict(state_dict={'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}), path)
+        message = self.refusal(tmp_path, 'train.py', CONFIG.with_name('mask_rcnn_r50.py'),
+                               COCO_ROOT=str(shapes), RESNET50_CHECKPOINT=str(path))
+        assert f'{path} holds a whole model, in which ResNet would find none' in message
+        assert 'model.backbone.init_cfg.prefix=backbone.' in message
+
+    def test_no_checkpoint_to_test(self, tmp_path, shapes):
+        message = self.refusal(tmp_path, 'test.py', CONFIG, '/nowhere/epoch_24.pth',
+                               COCO_ROOT=str(shapes))
+        assert 'checkpoint not found: /nowhere/epoch_24.pth' in message
+
+    def test_no_config(self, tmp_path):
+        message = self.refusal(tmp_path, 'train.py', 'nothing.py')
+        assert 'config not found: nothing.py' in message
+
+
+class TestDemoData:
+
+    def test_same_arguments_same_files(self, shapes, tmp_path):
+        tool('dev/make_demo_data.py', tmp_path / 'again', '--train', 10, '--val', 6)
+        for path in shapes.rglob('*.*'):
+            assert (tmp_path / 'again' / path.relative_to(shapes)).read_bytes() == \
+                path.read_bytes()
+
+    def test_annotations_are_cocos(self, tmp_path):
+        """pycocotools reads them; boxes and areas are those of the masks; all kinds occur."""
+        from pycocotools.coco import COCO
+
+        tool('dev/make_demo_data.py', tmp_path / 'set', '--train', 120, '--val', 2, '--seed', 3)
+        coco = COCO(tmp_path / 'set/annotations/instances_train2017.json')
+        assert len(coco.imgs) == 120
+        annotated = [a for a in coco.anns.values() if not a['iscrowd']]
+        for entry in coco.anns.values():
+            mask = coco.annToMask(entry)
+            rows, columns = mask.nonzero()
+            left, top, width, height = entry['bbox']
+            assert [columns.min(), rows.min()] == [left, top]
+            assert [columns.max() + 1 - left, rows.max() + 1 - top] == [width, height]
+            assert mask.sum() == entry['area']
+        assert {a['category_id'] for a in annotated} == {1, 2, 3, 4, 5}
+        assert any(a['iscrowd'] for a in coco.anns.values()), 'no crowd region'
+        assert any(not coco.getAnnIds([i]) for i in coco.imgs), 'no empty image'
+        assert any(a['area'] < 32**2 for a in annotated), 'no small object'
+        assert any(len(a['segmentation']) > 1 or a['area'] < 0.7 * a['bbox'][2] * a['bbox'][3]
+                   for a in annotated), 'no occlusion'
+
+    def test_other_folders_are_not_overwritten(self, tmp_path):
+        (tmp_path / 'mine.txt').write_text('precious')
+        result = tool('dev/make_demo_data.py', tmp_path, check=False)
+        assert result.returncode == 1
+        assert 'holds something else' in result.stderr
+        assert (tmp_path / 'mine.txt').read_text() == 'precious'
+
+
+def test_demo_end_to_end(tmp_path):
+    """The demo on a handful of images: same steps, same files, no accuracy to speak of."""
+    result = tool('demo.py', '--train-images', 16, '--val-images', 13, '--epochs', 1, cwd=tmp_path)
+    work_dir = tmp_path / 'work_dirs/demo'
+    assert (work_dir / 'epoch_1.pth').stat().st_size > 1e6
+    for path in (work_dir / 'curves.png', *(work_dir / 'pictures').iterdir()):
+        assert path.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    assert len(list((work_dir / 'pictures').iterdir())) >= 12
+    assert re.search(r'mask\s*│(\s*-?\d+\.\d\s*│){6}', result.stdout)
+    assert f'{work_dir}/curves.png' in result.stdout
+
+
+def test_browse_dataset_draws_the_training_images(shapes, tmp_path):
+    tool('browse_dataset.py', DEMO_CONFIG, '--not-show', '--output-dir', tmp_path / 'pictures',
+         cwd=tmp_path, env=dict(COCO_ROOT=str(shapes)))
+    data = json.loads((shapes / 'annotations/instances_train2017.json').read_text())
+    annotated = {a['image_id'] for a in data['annotations'] if not a['iscrowd']}
+    assert len(list((tmp_path / 'pictures').iterdir())) == len(annotated)
+
+
+def test_get_flops_needs_nothing_but_configs(tmp_path):
+    """Neither data nor weights; CE's operators count as computed, not as merged."""
+    out = tool('get_flops.py', DEMO_CONFIG, ROOT / 'configs/imagenet/ce_resnet18.py', '--size', 64,
+               64, cwd=tmp_path).stdout
+    detector, classifier = re.findall(r'│ +([\d.]+) +│ +([\d.]+) +│ +([\d.]+) +│', out)
+    assert classifier[0] == '12.04'
+    assert 0 < float(classifier[2]) < float(classifier[1])
+    assert 0 < float(detector[2]) <= float(detector[1])
+
+
+class TestBenchmark:
+
+    def test_models(self, tmp_path):
+        copy = tmp_path / 'copy.py'  # another name for the same model
+        copy.write_text(f'_base_ = "{DEMO_CONFIG}"')
+        tool('benchmark.py', 'models', DEMO_CONFIG, copy, '--size', 64, 96, '--images', 1,
+             '--repeats', 1, '--json', 'out.json', cwd=tmp_path)
+        result = json.loads((tmp_path / 'out.json').read_text())
+        first, second = (result['time'][name] for name in (DEMO_CONFIG.stem, 'copy'))
+        assert first == [1.0]
+        assert second[0] > 0
+        assert len(set(result['kept_bytes'].values())) == 1
+
+    def test_plain_reference_is_ce(self):
+        """What the benchmark calls plain computes the same."""
+        sys.path.insert(0, str(ROOT / 'tools'))
+        from benchmark import plain_ce
+
+        from cenet_mmdet import CE
+        torch.manual_seed(0)
+        ce = CE(32)
+        x = torch.randn(3, 32, 8, 8) + 1
+        for training in (True, False):
+            ce.train(training)
+            torch.testing.assert_close(plain_ce(ce, x), ce(x), rtol=1e-4, atol=1e-5)
+
+
+class TestRealImages:
+    """On one process; test_distributed.py does so on two in each run of the suite."""
+
+    @pytest.mark.long
+    def test_shipped_config_trains_and_evaluates(self, real_coco, pretrained, tmp_path):
+        """Crowds, empty and grey images included, through to the COCO summary."""
+        env = dict(COCO_ROOT=str(real_coco), CE_RESNET50_CHECKPOINT=str(pretrained))
+        small = [*SMALL, *FEW_ROIS, 'val_dataloader.dataset.indices=8',
+                 'test_dataloader.dataset.indices=8']
+        out = tool('train.py', CONFIG, '--cfg-options', *small, 'train_cfg.max_epochs=1',
+                   'train_dataloader.dataset.indices=8', 'default_hooks.logger.interval=1',
+                   cwd=tmp_path, env=env).stdout
+        assert out.count('Average Precision') >= 12  # six lines each for boxes and masks
+        losses = re.findall(r'Epoch\(train\).* loss: (\S+)', out)
+        assert len(losses) == 4
+        assert all(float(loss) < 20 for loss in losses)
+        state = torch.load(tmp_path / 'work_dirs/mask_rcnn_ce_r50/epoch_1.pth',
+                           weights_only=False)['state_dict']
+        source = torch.load(pretrained, weights_only=True)
+        changed = {key for key, value in source.items()
+                   if not torch.equal(value, state[f'backbone.{key}'])}
+        assert changed
+        assert all(re.search(r'conv\d|downsample\.0', key) for key in changed)
+
+        out = tool('test.py', CONFIG, 'work_dirs/mask_rcnn_ce_r50/epoch_1.pth',
+                   '--cfg-options', *small, cwd=tmp_path, env=env).stdout
+        assert 'segm_mAP_copypaste' in out
+
+    @pytest.mark.long
+    def test_learns_a_handful_of_images_from_scratch(self, real_coco, tmp_path):
+        """Learning norms and CE: the loss falls by half within 60 iterations."""
+        out = tool(
+            'train.py', CONFIG, '--auto-scale-lr', '--cfg-options', *SMALL,
+            *FEW_ROIS, 'model.backbone.init_cfg=None',
+            'model.backbone.depth=18', 'model.neck.in_channels=[64,128,256,512]',
+            'model.backbone.ce_cfg.freeze=none', 'model.backbone.norm_cfg.requires_grad=True',
+            'model.backbone.norm_eval=False', 'model.backbone.frozen_stages=-1',
+            'train_dataloader.dataset.indices=8', 'train_cfg.max_epochs=15',
+            'train_cfg.val_interval=100', 'val_dataloader.dataset.indices=1',
+            'param_scheduler.0.end=20', 'default_hooks.logger.interval=1',
+            'default_hooks.checkpoint.interval=100',
+            'log_processor.window_size=1', 'randomness.seed=0',
+            cwd=tmp_path, env=dict(COCO_ROOT=str(real_coco))).stdout
+        losses = [float(loss) for loss in re.findall(r'Epoch\(train\).* loss: (\S+)', out)]
+        assert len(losses) == 60
+        assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
