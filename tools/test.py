@@ -60,16 +60,20 @@ def add_test_time_augmentation(cfg):
     cfg.model = dict(**model, module=cfg.model)
 
 
+def test(cfg, out):
+    runner = build_runner(cfg)
+    if out:
+        from mmdet.evaluation import DumpDetResults
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=out))
+    runner.test()
+
+
 def main():
     arguments = parse_args()
     cfg = testing_config(arguments)
     check_files(cfg, ('test', ))
     with process_group(cfg):
-        runner = build_runner(cfg)
-        if arguments.out:
-            from mmdet.evaluation import DumpDetResults
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=arguments.out))
-        runner.test()
+        test(cfg, arguments.out)
 
 
 if __name__ == '__main__':

@@ -119,7 +119,7 @@ class GammaGrowth(Collector):
             norm, ce = self._pairs[module_name(label)]
             covariance = check_finite(label, statistics.sigma.moment).cpu()
             gamma = _gamma(norm)
-            whitening = newton_whitening(covariance, ce.eps, ce.num_iters)
+            whitening = newton_whitening(covariance, ce.identity.cpu(), ce.eps, ce.num_iters)
             found[label] = Growth(gamma, _apply(whitening, gamma))
         return found
 

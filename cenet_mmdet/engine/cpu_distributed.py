@@ -3,7 +3,9 @@
 MMEngine's launcher and model wrapper need an accelerator. With what stands here the same commands
 run on CPUs, to try out or debug a config. With a GPU only the end is ours.
 """
+import gc
 import logging
+import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional, Sequence
 
@@ -20,8 +22,11 @@ from torch import nn
 def process_group(cfg: Config) -> Iterator[None]:
     """Inside, MMEngine's Runner finds what `cfg.launcher` needs; afterwards the group is gone.
 
-    A process that ends while its group still has threads may be aborted on the way out, with the
-    work done and a status that says otherwise.
+    gloo's threads release the tensors of a collective some time after it is done, for which they
+    need the interpreter. One that is still at it while the interpreter shuts down aborts the
+    process, after all work is done. So the threads are joined here, which takes that nothing
+    refers to the group any more: neither a Runner, with its model wrapper, nor the frames of an
+    exception.
 
     Args:
         cfg: of a run. On a machine without a GPU, its model wrapper is replaced.
@@ -31,8 +36,12 @@ def process_group(cfg: Config) -> Iterator[None]:
             dist.init_process_group('gloo')
             cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         if dist.is_available() and dist.is_initialized():
+            gc.collect()  # Runner and hooks refer to each other
             dist.destroy_process_group()
 
 

@@ -115,6 +115,8 @@ class CE(nn.Module):
         factory = dict(device=device, dtype=dtype)
         if self.has_bd:
             shape = (self.num_groups, self.group_size, self.group_size)
+            identity = torch.empty(self.group_size, self.group_size, **factory)
+            self.register_buffer('identity', identity, persistent=False)
             # Tracked and never used: the released checkpoints have it.
             self.register_buffer('running_mean', torch.empty(in_channels, **factory))
             self.register_buffer('running_whitening', torch.empty(shape, **factory))
@@ -149,7 +151,8 @@ class CE(nn.Module):
         """W = I and s = 1: until the first batch, CE neither mixes nor rescales."""
         if self.has_bd:
             self.running_mean.zero_()
-            self.running_whitening.copy_(torch.eye(self.group_size))
+            self.identity.copy_(torch.eye(self.group_size))
+            self.running_whitening.copy_(self.identity)
         if self.has_ir:
             self.running_scale.fill_(1)
         self.num_batches_tracked.zero_()
@@ -168,15 +171,16 @@ class CE(nn.Module):
             maps = grouped(x, self.num_groups)  # (N, G, d, L)
             if self.takes_statistics_from(x):
                 samples = instance_moments(maps, self.has_bd, self.has_ir)
-                variance = samples.variance
-                whitening, scale = self.batch_statistics(self.pool(samples))
+                variance, batch = samples.variance, self.pool(samples)
+                whitening, scale = self.batch_statistics(batch, variance)
+                self.track(batch, whitening, scale)
             else:
                 variance = instance_variance(maps) if self.has_ir else None
                 whitening, scale = self.running_statistics(maps)
-            if not self.has_bd:
-                out = apply_weights(self.weights(variance, scale), maps)
-            else:
+            if self.has_bd:
                 out = apply_operator(self.operator(variance, whitening, scale), maps)
+            else:
+                out = apply_weights(self.weights(variance, scale), maps)
             return ungrouped(out, like=x)
 
     def takes_statistics_from(self, x: Tensor) -> bool:
@@ -187,35 +191,43 @@ class CE(nn.Module):
         """Step 2: moments of the batch, of this process alone."""
         return batch_moments(samples)
 
-    def batch_statistics(self, batch: BatchMoments) -> Statistics:
-        """W and s of the batch, which are tracked."""
-        averages, whitening, scale, total = [], None, None, 0
+    def batch_statistics(self, batch: BatchMoments, variance: Optional[Tensor]) -> Statistics:
+        """Step 3: W and s of the batch; v_n of this process's samples is (N, G, d)."""
+        whitening = scale = None
         if self.has_bd:
-            whitening = newton_whitening(batch.covariance, self.eps, self.num_iters)
-            averages = [(self.running_mean, batch.mean), (self.running_whitening, whitening)]
-            total = batch.covariance.diagonal(dim1=-2, dim2=-1).sum()
+            whitening = newton_whitening(batch.covariance, self.identity, self.eps, self.num_iters)
         if self.has_ir:
-            scale = self._scale(batch)
-            averages.append((self.running_scale, scale))
-            total = total + batch.variance.sum()
-        track(averages, self.momentum, self.num_batches_tracked,
-              valid=(total < float('inf')) & (batch.pixels > 0))
+            scale = self._scale(batch, variance)
         return whitening, scale
 
-    def _scale(self, batch: BatchMoments) -> Tensor:
+    def _scale(self, batch: BatchMoments, variance: Tensor) -> Tensor:
         """s of the batch, or the running one where no sample has a variance."""
-        scale = instance_scale(batch.variance, self.eps)
-        if batch.varied is True:
-            return scale
-        running = self.running_scale.to(scale.dtype, copy=True).squeeze(0)
-        return running if batch.varied is False else torch.where(batch.varied, scale, running)
+        if isinstance(batch.samples, Tensor):  # over the ranks
+            return torch.where(batch.samples > 0, instance_scale(batch.variance, self.eps),
+                               _copy(self.running_scale, variance.dtype).squeeze(0))
+        return (instance_scale(variance, self.eps) if batch.samples
+                else _copy(self.running_scale, variance.dtype).squeeze(0))
+
+    def track(self, batch: BatchMoments, whitening: Optional[Tensor],
+              scale: Optional[Tensor]) -> Tensor:
+        """Update the running averages, if the batch is finite; whether it is, a bool tensor."""
+        averages = []
+        if self.has_bd:
+            averages += [(self.running_mean, batch.mean), (self.running_whitening, whitening)]
+        if self.has_ir:
+            averages += [(self.running_scale, scale)]
+        # inf or NaN in a channel is NaN in W, whose entries are bounded otherwise
+        finite = (whitening.sum() if self.has_bd else scale) < float('inf')
+        if isinstance(batch.pixels, Tensor):
+            finite = finite & (batch.pixels > 0)
+        track(averages, self.momentum, self.num_batches_tracked, finite)
+        return finite
 
     def running_statistics(self, maps: Tensor) -> Statistics:
         """The tracked W and s."""
-        # Copies: another forward in training may update the buffers before the backward pass.
         dtype = statistics_dtype(maps.dtype)
-        return (self.running_whitening.to(dtype, copy=True) if self.has_bd else None,
-                self.running_scale.to(dtype, copy=True) if self.has_ir else None)
+        return (_copy(self.running_whitening, dtype) if self.has_bd else None,
+                _copy(self.running_scale, dtype) if self.has_ir else None)
 
     def operator(self, variance: Optional[Tensor], whitening: Tensor,
                  scale: Optional[Tensor]) -> Tensor:
@@ -223,7 +235,7 @@ class CE(nn.Module):
         if not self.has_ir:
             return whitening
         weights = self.weights(variance, scale)
-        return mix(self.ratio(weights.dtype), whitening, weights)
+        return mix(self.ratio(weights.dtype), whitening, weights, self.identity)
 
     def weights(self, variance: Tensor, scale: Tensor) -> Tensor:
         """w_n = F(v_n) / s of eq. 8, (N, G, d)."""
@@ -247,3 +259,8 @@ class CE(nn.Module):
 
     def extra_repr(self) -> str:
         return ', '.join(f'{name}={value!r}' for name, value in self.arguments().items())
+
+
+def _copy(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    # Another forward in training may update the buffer before this one's backward pass.
+    return buffer.to(dtype, copy=True)

@@ -12,7 +12,7 @@ for the backward pass anyway, is all that is kept. SyncBN and SyncCE need the sa
 cross between the ranks in one collective. beta is no part of Sigma_x, so inhibited channels, where
 beta is far larger than gamma, lose no digits.
 """
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from .ce import CE
-from .steps.apply import apply_centred
+from .steps.apply import apply_behind
 from .steps.grouping import check_channels, grouped, ungrouped
 from .steps.moments import (
     BatchMoments,
@@ -44,20 +44,18 @@ def fused_batch_norm_ce(norm: _BatchNorm, ce: CE, z: Tensor) -> Tensor:
         maps = grouped(z, ce.num_groups)  # (N, G, d, L)
         if ce.takes_statistics_from(z):
             samples = instance_moments(maps, ce.has_bd, ce.has_ir)
-            variance, batch = samples.variance, ce.pool(samples)
+            batch = ce.pool(samples)
             affine = batch_affine(norm, batch) if uses_batch(norm) else running_affine(norm, maps)
-            whitening, scale = ce.batch_statistics(affine.moments(batch))
+            variance, batch_x = affine.variance(samples.variance), affine.moments(batch)
+            whitening, scale = ce.batch_statistics(batch_x, variance)
+            finite = ce.track(batch_x, whitening, scale)
+            track_batch_norm(norm, batch, finite)
         else:
-            variance = instance_variance(maps) if ce.has_ir else None
             affine = running_affine(norm, maps)
+            variance = affine.variance(instance_variance(maps)) if ce.has_ir else None
             whitening, scale = ce.running_statistics(maps)
-        if ce.has_ir:
-            variance = affine.variance(variance)
         operator = ce.operator(variance, whitening, scale)
-        # operator (scale * (z - mean) + shift)
-        out = apply_centred(operator * affine.scale.unsqueeze(-2), affine.mean,
-                            (operator @ affine.shift.unsqueeze(-1)).squeeze(-1), maps)
-        return ungrouped(out, like=z)
+        return ungrouped(apply_behind(operator, *affine, maps), like=z)
 
 
 class Affine(NamedTuple):
@@ -68,22 +66,20 @@ class Affine(NamedTuple):
 
     def moments(self, z: BatchMoments) -> BatchMoments:
         """Moments of x from those of z."""
-        return z._replace(
-            mean=self.scale * (z.mean - self.mean) + self.shift,
-            covariance=self.scale.unsqueeze(-1) * z.covariance * self.scale.unsqueeze(-2),
-            variance=None if z.variance is None else self.variance(z.variance))
+        # Behind a norm that takes its mean from the batch, that of x is the shift.
+        mean = self.shift if self.mean is z.mean else self.scale * (z.mean - self.mean) + self.shift
+        products = self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
+        return z._replace(mean=mean, covariance=products * z.covariance,
+                          variance=self.variance(z.variance))
 
-    def variance(self, z: Tensor) -> Tensor:
+    def variance(self, z: Optional[Tensor]) -> Optional[Tensor]:
         """v_n of x from that of z, (..., G, d)."""
-        return self.scale.square() * z
+        return None if z is None else self.scale.square() * z
 
 
 def batch_affine(norm: _BatchNorm, batch: BatchMoments) -> Affine:
-    """The map that the norm is on this batch; its running statistics are updated as by itself."""
-    variance = batch.covariance.diagonal(dim1=-2, dim2=-1)
-    if norm.training and norm.track_running_stats:
-        _track(norm, batch, variance)
-    return _affine(norm, batch.mean, variance)
+    """The map that the norm is on this batch."""
+    return _affine(norm, batch.mean, batch.covariance.diagonal(dim1=-2, dim2=-1))
 
 
 def running_affine(norm: _BatchNorm, maps: Tensor) -> Affine:
@@ -103,14 +99,17 @@ def _affine(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> Affine:
 
 
 @torch.no_grad()
-def _track(norm: _BatchNorm, batch: BatchMoments, variance: Tensor) -> None:
+def track_batch_norm(norm: _BatchNorm, batch: BatchMoments, finite: Tensor) -> None:
+    """Update the norm's running statistics as the norm does, if the batch is finite."""
+    if not (norm.training and norm.track_running_stats):
+        return
     momentum = norm.momentum
     if momentum is None:  # the plain average of all batches
         momentum = 1 / float(norm.num_batches_tracked + 1)
+    variance = batch.covariance.diagonal(dim1=-2, dim2=-1)
     unbiased = variance * (batch.pixels / safe_count(batch.pixels - 1))
     track([(norm.running_mean, batch.mean), (norm.running_var, unbiased)], momentum,
-          norm.num_batches_tracked,
-          valid=(variance.sum() < float('inf')) & (batch.pixels > 0))
+          norm.num_batches_tracked, finite)
 
 
 def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:

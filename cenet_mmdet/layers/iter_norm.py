@@ -20,7 +20,7 @@ from .steps.apply import apply_centred
 from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped
 from .steps.moments import batch_moments, instance_moments, statistics_dtype
 from .steps.running import track
-from .steps.whitening import identity_like, newton_whitening, trace
+from .steps.whitening import newton_whitening, trace
 
 
 class _WhiteningNorm(nn.Module):
@@ -52,6 +52,8 @@ class _WhiteningNorm(nn.Module):
         for name in ('weight', 'bias'):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
+        identity = torch.empty(self.group_size, self.group_size, **factory)
+        self.register_buffer('identity', identity, persistent=False)
         self.register_buffer('running_mean', torch.empty(num_features, **factory))
         self.register_buffer('running_whitening', torch.empty(shape, **factory))
         self.register_buffer('num_batches_tracked',
@@ -61,7 +63,8 @@ class _WhiteningNorm(nn.Module):
     def reset_running_stats(self) -> None:
         """mean = 0 and W = I."""
         self.running_mean.zero_()
-        self.running_whitening.copy_(torch.eye(self.group_size))
+        self.identity.copy_(torch.eye(self.group_size))
+        self.running_whitening.copy_(self.identity)
         self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
@@ -95,7 +98,7 @@ class _WhiteningNorm(nn.Module):
         whitening = self.whitening_matrix(batch.covariance)
         track([(self.running_mean, batch.mean), (self.running_whitening, whitening)],
               self.momentum, self.num_batches_tracked,
-              valid=trace(batch.covariance).sum() < float('inf'))
+              finite=whitening.sum() < float('inf'))
         return batch.mean, whitening
 
     def _running_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -164,7 +167,7 @@ class IterNorm(_WhiteningNorm):
 
     def whitening_matrix(self, covariance: Tensor) -> Tensor:
         """W = P_T / sqrt(trace(Sigma)), Sigma = covariance + eps I: (G, d, d) -> (G, d, d)."""
-        p = newton_whitening(covariance, self.eps, self.num_iters)
+        p = newton_whitening(covariance, self.identity, self.eps, self.num_iters)
         return p * (trace(covariance) + self.eps * self.group_size).rsqrt()
 
     def extra_repr(self) -> str:
@@ -196,7 +199,7 @@ class DBN(_WhiteningNorm):
 
     def whitening_matrix(self, covariance: Tensor) -> Tensor:
         """W = D Lambda^(-1/2) D^T, D Lambda D^T = covariance + eps I: (G, d, d) -> (G, d, d)."""
-        sigma = torch.add(covariance, identity_like(covariance), alpha=self.eps)
+        sigma = torch.add(covariance, self.identity.to(covariance.dtype), alpha=self.eps)
         # No eigenvalue of Sigma lies below eps, but rounding may move that of a dependent channel
         # there, or below 0.
         return inverse_root(sigma, smallest=self.eps)

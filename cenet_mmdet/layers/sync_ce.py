@@ -49,8 +49,8 @@ class SyncCE(CE):
 
     def pool(self, samples: InstanceMoments) -> BatchMoments:
         """Step 2: moments of the batches of all ranks."""
-        batch = super().pool(samples)
-        return all_reduce(batch, self.process_group) if self.synchronizes else batch
+        return (all_reduce(samples, self.process_group) if self.synchronizes
+                else super().pool(samples))
 
 
 def _convert(module: nn.Module, old: type, new: type, **options: Any) -> nn.Module:

@@ -105,11 +105,11 @@ class TestDefinition:
         sigma = a @ a.mT + 3 * torch.eye(6)
         values, vectors = torch.linalg.eigh(sigma / sigma.diagonal(dim1=-2, dim2=-1).sum())
         root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
-        torch.testing.assert_close(newton_whitening(sigma, 0, 10), root)
+        torch.testing.assert_close(newton_whitening(sigma, torch.eye(6), 0, 10), root)
 
     def test_three_iterations_gain_at_most_1_5_cubed(self):
         sigma = torch.diag_embed(torch.tensor([[1., 1e-9, 1e-9, 1e-9]]))
-        gain = torch.linalg.eigvalsh(newton_whitening(sigma, 0, 3)).max()
+        gain = torch.linalg.eigvalsh(newton_whitening(sigma, torch.eye(4), 0, 3)).max()
         assert gain == pytest.approx(1.5**3, rel=1e-6)
 
     def test_lambda_mixes_the_branches(self):
@@ -288,7 +288,7 @@ class TestModes:
         """Whitening matrices are averaged, not covariances."""
         ce = double(8, momentum=0.25)
         x = random_input(2, 8, 4, 4)
-        whitening = newton_whitening(batch_covariance(x.reshape(2, 1, 8, 16)), 1e-5, 3)
+        whitening = newton_whitening(batch_covariance(x.reshape(2, 1, 8, 16)), torch.eye(8), 1e-5, 3)
         ce(x)
         expected = 0.75 * torch.eye(8, dtype=torch.float64) + 0.25 * whitening[0]
         torch.testing.assert_close(ce.running_whitening[0], expected)

@@ -11,21 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .moments import BatchMoments, safe_count
+from .moments import BatchMoments, InstanceMoments, batch_moments, safe_count
 
 
-def all_reduce(batch: BatchMoments, group=None) -> BatchMoments:
+def all_reduce(samples: InstanceMoments, group=None) -> BatchMoments:
     """The moments of all ranks' batches together; a rank may be empty.
 
     Args:
-        batch: moments of this rank's batch.
+        samples: moments of this rank's samples.
         group: process group, None for the default one.
 
     Returns:
-        The same on every rank, to the bit. The counts are tensors. Where all ranks are empty,
-        they are 0 and the moments finite.
+        The same on every rank, to the bit. Where all ranks are empty, the counts are 0 and the
+        moments finite.
     """
-    return _unpack(_AllReduceSum.apply(_pack(batch), group), like=batch)
+    batch = batch_moments(samples)
+    total = _AllReduceSum.apply(_pack(batch, samples), group)
+    return _unpack(total, batch, samples)
 
 
 class _AllReduceSum(Function):
@@ -43,36 +45,35 @@ class _AllReduceSum(Function):
         return _AllReduceSum.apply(grad.contiguous(), ctx.group), None
 
 
-def _pack(batch: BatchMoments) -> Tensor:
+def _pack(batch: BatchMoments, samples: InstanceMoments) -> Tensor:
     """Sums that may be added up: (numbers, ) float64."""
-    like = batch.variance if batch.mean is None else batch.mean
-    samples = len(batch.variance) if batch.variance is not None and batch.varied else 0
-    parts = [like.new_tensor([batch.pixels, samples], dtype=torch.float64)]
-    if batch.mean is not None:
-        mean = batch.mean.double()
-        second = (batch.covariance.double() + _outer(mean))[_upper_triangle(batch.covariance)]
-        parts += [batch.pixels * mean.flatten(), batch.pixels * second]
-    if batch.variance is not None:
-        parts += [batch.variance.double().sum(0).flatten()]
+    mean, covariance, variance = batch.mean, batch.covariance, samples.variance
+    like = variance if mean is None else mean
+    parts = [like.new_tensor([batch.pixels, batch.samples], dtype=torch.float64)]
+    if mean is not None:
+        second = covariance.double() + _outer(mean.double())
+        parts += [batch.pixels * mean.double().flatten(),
+                  batch.pixels * second[_upper_triangle(second)]]
+    if variance is not None:
+        parts += [variance.double().sum(0).flatten()]
     return torch.cat(parts)
 
 
-def _unpack(total: Tensor, like: BatchMoments) -> BatchMoments:
-    pixels, samples = total[0], total[1]
-    mean = covariance = variance = None
-    if like.mean is not None:
-        channels = like.mean.numel()
-        upper = _upper_triangle(like.covariance)
-        mean = total[2:2 + channels].view_as(like.mean) / safe_count(pixels)
-        triangle = torch.zeros_like(like.covariance, dtype=torch.float64).index_put(
+def _unpack(total: Tensor, batch: BatchMoments, samples: InstanceMoments) -> BatchMoments:
+    pixels, with_variance = total[0], total[1]
+    mean, covariance, variance = batch.mean, batch.covariance, samples.variance
+    if mean is not None:
+        channels = mean.numel()
+        upper = _upper_triangle(covariance)
+        exact = total[2:2 + channels].view_as(mean) / safe_count(pixels)
+        triangle = torch.zeros_like(covariance, dtype=torch.float64).index_put(
             upper, total[2 + channels:2 + channels + upper[0].numel()] / safe_count(pixels))
-        covariance = (triangle + triangle.triu(1).mT - _outer(mean)).to(like.covariance.dtype)
-        mean = mean.to(like.mean.dtype)
-    if like.variance is not None:
-        shape = like.variance.shape[1:]
-        variance = total[-shape.numel():].view(shape) / safe_count(samples)
-        variance = variance.to(like.variance.dtype)
-    return BatchMoments(pixels, mean, covariance, variance, varied=samples > 0)
+        covariance = (triangle + triangle.triu(1).mT - _outer(exact)).to(covariance.dtype)
+        mean = exact.to(mean.dtype)
+    if variance is not None:
+        shape = variance.shape[1:]
+        variance = (total[-shape.numel():].view(shape) / safe_count(with_variance)).to(variance.dtype)
+    return BatchMoments(pixels, with_variance, mean, covariance, variance)
 
 
 def _outer(mean: Tensor) -> Tensor:

@@ -30,11 +30,34 @@ def apply_centred(matrix: Tensor, mean: Tensor, bias: Tensor, x: Tensor) -> Tens
         bias: b, (N, G, d) or (G, d).
         x: grouped feature map (N, G, d, L).
     """
+    if x.dtype not in HALF:
+        return _affine(matrix, bias - (matrix @ mean.unsqueeze(-1)).squeeze(-1), x)
     matrix, rows = _batch(matrix, x)
     mean, bias = (vector.expand(x.shape[:3]).reshape(*rows.shape[:2], 1) for vector in (mean, bias))
+    return half_centred_product(matrix, mean, bias, rows).view(x.shape)
+
+
+def apply_behind(operator: Tensor, scale: Tensor, mean: Tensor, shift: Tensor,
+                 x: Tensor) -> Tensor:
+    """M_n (scale * (x_n - mean) + shift), where all but x_n are small.
+
+    Args:
+        operator: M, (N, G, d, d) or (G, d, d).
+        scale, mean, shift: of the affine map in front of it, (G, d).
+        x: grouped feature map (N, G, d, L).
+    """
+    matrix = operator * scale.unsqueeze(-2)
     if x.dtype in HALF:
-        return half_centred_product(matrix, mean, bias, rows).view(x.shape)
-    return torch.baddbmm(bias - matrix @ mean, matrix, rows).view(x.shape)
+        return apply_centred(matrix, mean, (operator @ shift.unsqueeze(-1)).squeeze(-1), x)
+    offset = torch.addcmul(shift, scale, mean, value=-1)
+    return _affine(matrix, (operator @ offset.unsqueeze(-1)).squeeze(-1), x)
+
+
+def _affine(matrix: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """M_n x_n + b_n."""
+    matrix, rows = _batch(matrix, x)
+    bias = bias.expand(x.shape[:3]).reshape(*rows.shape[:2], 1)
+    return torch.baddbmm(bias, matrix, rows).view(x.shape)
 
 
 def apply_weights(weights: Tensor, x: Tensor) -> Tensor:

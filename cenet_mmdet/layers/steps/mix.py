@@ -5,15 +5,17 @@ import torch
 from torch import Tensor
 
 
-def mix(ratio: Union[Tensor, float], whitening: Tensor, weights: Tensor) -> Tensor:
+def mix(ratio: Union[Tensor, float], whitening: Tensor, weights: Tensor,
+        identity: Tensor) -> Tensor:
     """D_n^(-1/2) of eq. 4: lambda * W + (1 - lambda) * diag(w_n).
 
     Args:
         ratio: lambda, a scalar.
         whitening: W, (G, d, d).
         weights: w_n, (N, G, d).
+        identity: I, (d, d).
 
     Returns:
         The operator of every sample and group, (N, G, d, d).
     """
-    return torch.lerp(torch.diag_embed(weights), whitening, ratio)
+    return torch.lerp(weights.unsqueeze(-1) * identity.to(weights.dtype), whitening, ratio)

@@ -33,13 +33,14 @@ class InstanceMoments(NamedTuple):
 class BatchMoments(NamedTuple):
     """Moments over all samples and pixels of a batch, of one process or of all ranks.
 
-    `mean` and `covariance` are None in a layer without BD, `variance` in a layer without IR.
+    `mean` and `covariance` are None in a layer without BD. The counts are tensors where ranks
+    share them, and plain numbers on one process.
     """
     pixels: Union[int, Tensor]  # N * L
+    samples: Union[int, Tensor]  # that have a variance: N, or 0 where L = 1
     mean: Optional[Tensor]  # (G, d)
     covariance: Optional[Tensor]  # (G, d, d), biased
-    variance: Optional[Tensor]  # v_n or means of v_n: their mean is s^2
-    varied: Union[bool, Tensor]  # whether any sample has more than one pixel, so that v_n exists
+    variance: Optional[Tensor]  # mean of v_n over all ranks, (G, d); None on one process
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +68,7 @@ def instance_variance(x: Tensor) -> Tensor:
 
 
 def batch_moments(samples: InstanceMoments) -> BatchMoments:
-    """Step 2 on one process.
+    """Step 2 on one process; the mean of v_n is left to step 3.
 
     The samples' scatter matrices, and the scatter of their means about the batch mean, add up to
     the scatter of the batch:
@@ -76,14 +77,13 @@ def batch_moments(samples: InstanceMoments) -> BatchMoments:
     """
     mean = covariance = None
     n = len(samples.variance if samples.mean is None else samples.mean)
+    pixels = n * samples.pixels
     if samples.mean is not None:
-        mean = samples.mean.sum(0) / safe_count(n)
+        mean = safe_mean(samples.mean, 0)
         between = (samples.mean - mean).permute(1, 2, 0)  # (G, d, N)
         covariance = torch.baddbmm(samples.scatter.sum(0), between, between.mT,
-                                   beta=1 / safe_count(n * samples.pixels),
-                                   alpha=1 / safe_count(n))
-    return BatchMoments(n * samples.pixels, mean, covariance, samples.variance,
-                        varied=samples.pixels > 1)
+                                   beta=1 / safe_count(pixels), alpha=1 / safe_count(n))
+    return BatchMoments(pixels, n if samples.pixels > 1 else 0, mean, covariance, None)
 
 
 def safe_count(count: Union[int, Tensor]) -> Union[int, Tensor]:
@@ -91,9 +91,10 @@ def safe_count(count: Union[int, Tensor]) -> Union[int, Tensor]:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Mean over the pixels, 0 where there are none."""
-    return x.sum(-1, dtype=statistics_dtype(x.dtype)) / safe_count(x.shape[-1])
+def safe_mean(x: Tensor, dim: int) -> Tensor:
+    """Mean over one dimension, 0 where it is empty."""
+    dtype = statistics_dtype(x.dtype)
+    return x.mean(dim, dtype=dtype) if x.shape[dim] else x.sum(dim, dtype=dtype)
 
 
 def _pieces(x: Tensor, dim: int) -> Tuple[Tensor, ...]:
@@ -127,7 +128,7 @@ class _CentredScatter(Function):
     def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
         means, scatters = [], []
         for rows in _pieces(x, dim=0):
-            means.append(_mean(rows))
+            means.append(safe_mean(rows, -1))
             scatters.append(_scatter(rows, means[-1]))
         return _joined(means), _joined(scatters)
 
@@ -153,8 +154,9 @@ class _CentredSquares(Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         # A norm is one pass; torch.var over the pixels is several times slower on a CPU.
-        return _joined([torch.linalg.vector_norm(rows - _mean(rows).unsqueeze(-1), dim=-1).square()
-                        for rows in _pieces(x, dim=0)])
+        norms = [torch.linalg.vector_norm(rows - safe_mean(rows, -1).unsqueeze(-1), dim=-1)
+                 for rows in _pieces(x, dim=0)]
+        return _joined(norms).square()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -165,4 +167,4 @@ class _CentredSquares(Function):
         # grad_x = 2 grad (x - mean)
         x, = ctx.saved_tensors
         twice = 2 * grad
-        return torch.addcmul((-twice * _mean(x)).unsqueeze(-1), twice.unsqueeze(-1), x).to(x.dtype)
+        return torch.addcmul((-twice * safe_mean(x, -1)).unsqueeze(-1), twice.unsqueeze(-1), x).to(x.dtype)

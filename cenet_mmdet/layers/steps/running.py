@@ -7,18 +7,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def track(averages: Sequence[Tuple[Tensor, Tensor]], momentum: float, counter: Tensor,
-          valid: Tensor) -> None:
-    """running = (1 - momentum) * running + momentum * new, and count the batch.
+          finite: Tensor) -> None:
+    """running = (1 - momentum) * running + momentum * new, and count the batch, if it is finite.
 
     Args:
         averages: pairs of a running average and the new value, of the same number of elements.
         momentum: weight of the new values.
         counter: number of batches so far.
-        valid: whether to do so at all, a bool tensor. It stays on its device: asking for its
-            value would wait for a GPU.
+        finite: whether it is, a bool tensor. Nobody asks for its value, which would wait for a
+            GPU.
     """
     running = [average for average, _ in averages]
-    new = [torch.where(valid, value.view(average.shape).to(average.dtype), average)
+    new = [torch.where(finite, value.view(average.shape).to(average.dtype), average)
            for average, value in averages]
     torch._foreach_lerp_(running, new, momentum)
-    counter.add_(valid)
+    counter.add_(finite)

@@ -8,7 +8,7 @@ def trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
-def newton_whitening(covariance: Tensor, eps: float, num_iters: int) -> Tensor:
+def newton_whitening(covariance: Tensor, identity: Tensor, eps: float, num_iters: int) -> Tensor:
     """W by Newton's iteration for the inverse square root of Sigma / trace(Sigma), eq. 6.
 
         Sigma = covariance + eps I    Sigma_N = Sigma / trace(Sigma)
@@ -20,13 +20,14 @@ def newton_whitening(covariance: Tensor, eps: float, num_iters: int) -> Tensor:
 
     Args:
         covariance: (G, d, d), biased.
-        eps: added to its diagonal.
+        identity: I, (d, d).
+        eps: added to the diagonal of the covariance.
         num_iters: number of iterations T, at least 1.
 
     Returns:
         (G, d, d).
     """
-    identity = identity_like(covariance)
+    identity = identity.to(covariance.dtype)
     sigma = torch.add(covariance, identity, alpha=eps)
     sigma_n = sigma / trace(sigma)
     p = torch.lerp(sigma_n, identity, 1.5)  # P_1 = 1.5 I - 0.5 Sigma_N needs no product
@@ -34,7 +35,3 @@ def newton_whitening(covariance: Tensor, eps: float, num_iters: int) -> Tensor:
         p = torch.baddbmm(p, p @ p, p @ sigma_n, beta=1.5, alpha=-0.5)
     return p
 
-
-def identity_like(matrices: Tensor) -> Tensor:
-    """I, (d, d), for matrices (..., d, d)."""
-    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
