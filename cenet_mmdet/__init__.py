@@ -39,7 +39,7 @@ if _works('torch'):
 
     __all__ += ['CE', 'DBN', 'IterNorm', 'SyncCE', 'insert_ce']
 
-    if _works('mmengine'):
+    if _works('mmengine.hooks'):
         from mmengine.registry import MODELS
 
         from .engine import ChannelHealthHook, ExactResumeHook

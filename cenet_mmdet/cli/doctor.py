@@ -1,135 +1,118 @@
-"""Looks at an environment and a config, and says what is wrong and how to mend it."""
+"""Checks whether a config can be trained here."""
 import contextlib
+import importlib
 import io
-import platform
+import re
+import subprocess
 import sys
-import warnings
-from typing import List
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Callable, Dict
 
-from .checks import Environment, Problem, look_up, problems_of, run_operators
-from .configs import find_config
-from .environment import Library, libraries, one_line
-from .info import table
-from .job import libraries_of, missing_for
-from .pairings import LEGACY, MAINTAINED, departures, line_of, move
+from ..utils.errors import first_line
+from ..utils.stacks import STACKS
+from .configs import shipped_config
+from .fixes import Installed, differing, fix, nearest_stack
+
+# library -> names of the distributions that provide it
+DISTRIBUTIONS = {
+    'torch': 'torch', 'torchvision': 'torchvision', 'numpy': 'numpy',
+    'cv2': 'opencv(-contrib)?-python(-headless)?', 'pycocotools': 'pycocotools',
+    'mmengine': '(onedl-)?mmengine(-lite)?', 'mmcv': '(onedl-)?mmcv(-lite|-full)?',
+    'mmdet': 'mmdet|onedl-mmdetection', 'mmpretrain': '(onedl-)?mmpretrain'}
+OPTIONAL = {'torchvision', 'mmpretrain'}
+# library -> what is imported, where it is another module
+MODULES = {'pycocotools': 'pycocotools.mask', 'mmdet': 'mmdet.models',
+           'mmpretrain': 'cenet_mmdet.models.mmpretrain'}
+LAYERS = ('CE', 'SyncCE', 'CEBN', 'CESyncBN', 'CEGN', 'CEIN', 'IterNorm', 'DBN', 'CEResNet',
+          'CEMobileNetV2')
 
 
 def run(arguments) -> int:
-    """Print what was found; 0 if the config can be trained here, else 1."""
-    config = find_config(arguments.config)
-    print(f'Can {config.name} be trained here?', end='\n\n', flush=True)
-    required = _libraries_of(config)
-    with _quiet():
-        env = _environment(required)
-        problems = problems_of(env)
-        job, unchecked = _job(config, env)
-    serious = [problem for problem in problems if problem.serious]
-    warned = [problem for problem in problems if not problem.serious]
-    if not serious:
-        warned += _pairing(env)
+    """Check whether a config can be trained here, and show how to fix known problems.
 
-    _print_environment(env)
-    _print_problems('Problems of the environment', serious)
-    _print_problems('Warnings', warned)
-    _print_problems(f'Data and weights of {config.name}', job)
-    if unchecked:
-        print(f'Data and weights of {config.name} were not looked at: {unchecked}\n')
-    print(f'Verdict: {_verdict(config.name, serious, job, unchecked)}')
-    return int(bool(serious or job or unchecked))
+    Nothing is changed. The exit status is 0 if training can start, else 1.
+
+        COCO_ROOT=/data/coco cenet-mmdet doctor --config mask_rcnn_syncce_r50.py
+    """
+    path = Path(arguments.config)
+    config = path if path.is_file() else shipped_config(arguments.config)
+    print(f'python {sys.version.split()[0]}, {sys.executable}', flush=True)
+    versions = {str(found.metadata['Name']): found.version for found in distributions()}
+    installed = {library: {name: versions[name] for name in versions if re.fullmatch(names, name)}
+                 for library, names in DISTRIBUTIONS.items()}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        errors = _run_checks(installed, config)
+    for check, error in errors.items():
+        found = ', '.join(map(' '.join, installed.get(check, {}).items()))
+        print(f'{check:20}{"fails" if error else "ok":7}{found}')
+    if not errors['torch']:
+        print(f'GPUs that torch finds: {importlib.import_module("torch").cuda.device_count()}')
+    name = nearest_stack(installed)
+    differ = [text for library in installed for text in differing(library, STACKS[name], installed)]
+    print(f'versions that differ from the tested {name} stack: {", ".join(differ)}' if differ
+          else f'versions: as in the tested {name} stack')
+    for error in dict.fromkeys(filter(None, errors.values())):
+        checks = [check for check in errors if errors[check] == error]
+        print(f'\n- {", ".join(checks)}{" (optional)" * OPTIONAL.issuperset(checks)}: {error}',
+              *fix(checks[0], error, STACKS[name], installed), sep='\n      ')
+    fails = any(errors[check] for check in errors.keys() - OPTIONAL)
+    print(f'\nVerdict: {config.name} {"cannot" if fails else "can"} be trained here.')
+    return int(fails)
 
 
-@contextlib.contextmanager
-def _quiet():
-    """What libraries print, log and warn of when they are imported is not part of the report."""
-    sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), \
-            warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
+def _run_checks(installed: Installed, config: Path) -> Dict[str, str]:
+    """Check -> its error, which may be the one of a library that it needs; '' if there is none."""
+    errors = {library: _import_error(MODULES.get(library, library)) for library in DISTRIBUTIONS
+              if library not in OPTIONAL or find_spec(library)}
+    for library, found in installed.items():
+        if library.startswith('mm') and len(found) > 1:
+            errors[library] = f'{" and ".join(found)} overwrite each other'
+    errors['mmcv operators'] = errors['torch'] or errors['mmcv'] or _error(_run_operators)
+    errors['registered layers'] = errors['mmdet'] or _error(_find_layers)
+    errors['config and files'] = errors['mmdet'] or _error(_find_files, config)
+    return errors
 
 
-def _libraries_of(config):
+def _import_error(module: str) -> str:
+    if module in sys.modules:
+        return ''
+    # A second attempt in this process could end in another error than that of `cenet_mmdet`.
+    code = f'import sys; sys.path[:] = {sys.path}; import {module}'
+    child = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    return (child.stderr.strip() or 'crash').splitlines()[-1] if child.returncode else ''
+
+
+def _error(check: Callable, *arguments) -> str:
     try:
-        return libraries_of(config)
-    except SyntaxError as error:
-        sys.exit(f'config cannot be read: {config}, line {error.lineno}: {error.msg}')
+        return check(*arguments) or ''
+    except Exception as error:
+        return f'{type(error).__name__}: {first_line(error)}'
 
 
-def _environment(required) -> Environment:
-    installed = libraries()
-    works = {name for name, library in installed.items() if not library.error}
-    return Environment(installed, required, line_of(installed),
-                       run_operators() if {'torch', 'mmcv'} <= works else {}, look_up(installed))
-
-
-def _job(config, env: Environment):
-    """Problems with the config's files; and why they could not be looked for, or ''."""
-    for name in ('torch', 'mmengine'):
-        if not env.works(name):
-            return [], f'{name} cannot be imported.'
-    try:
-        return missing_for(config, env.installed), ''
-    except Exception as error:  # of MMEngine's reading of a config, which runs code
-        return [], f'the config cannot be read ({one_line(error)}).'
-
-
-def _pairing(env: Environment) -> List[Problem]:
-    """A warning if no such combination of versions is known to work."""
-    differ = departures(env.line, env.installed)
-    if not differ:
-        return []
-    torch_differs = any(text.startswith('torch ') for text in differ)
-    return [Problem(f'this combination of versions is untested: {", ".join(differ)}',
-                    () if torch_differs else move(['mmengine', 'mmcv', 'mmdet'], env.line,
-                                                  env.installed), serious=False)]
-
-
-def _print_environment(env: Environment) -> None:
-    print(f'python {platform.python_version()} on {platform.platform()}, {sys.executable}')
-    print(table(_row(library, env) for library in env.installed.values()))
-    ran = ' and '.join(device for device, error in env.operators.items() if not error)
-    print(f"\nmmcv's operators run on: {ran or 'no device'}")
-    for library, names in env.registries.items():
-        print(f'{library} finds the layers and backbones'
-              + (f', except {", ".join(names)}' if names else ''))
-    differ = departures(env.line, env.installed)
-    print(f'versions: {"untested, nearest to" if differ else "as tested in"} the {env.line.name} '
-          f'line\n  known to work: {MAINTAINED}\n  known to work: {LEGACY}\n')
-
-
-def _row(library: Library, env: Environment) -> List[str]:
-    origin = ', '.join(f'{found.metadata["Name"]} {found.version}'
-                       for found in library.distributions) or f'no distribution: {library.folder}'
-    state = 'fails' if library.error else 'ok'
-    if library.name == 'torch' and not library.error:
-        state = f'ok, {_cuda()}'
-    return [f'  {library.name}', origin, state]
-
-
-def _cuda() -> str:
+def _run_operators() -> None:
     import torch
-    build = f'built for CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU build'
-    if not torch.cuda.is_available():
-        return f'{build}, no GPU seen'
-    return f'{build}, {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}'
+    torch.zeros(1).numpy()
+    from mmcv.ops import nms
+    boxes, scores = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.]]), torch.tensor([.9, .8])
+    for device in ['cpu'] + ['cuda'] * torch.cuda.is_available():
+        nms(boxes.to(device), scores.to(device), .5)
 
 
-def _print_problems(title: str, problems: List[Problem]) -> None:
-    """The problems under the commands that mend them, each set of commands once."""
-    if not problems:
-        return
-    print(f'{title}:')
-    by_fix = {}
-    for problem in problems:
-        by_fix.setdefault(problem.fix, []).append(problem.text)
-    for fix, texts in by_fix.items():
-        print(*(f'  - {text}' for text in texts), sep='\n')
-        print(*(f'        {command}' for command in fix), '', sep='\n')
+def _find_layers() -> str:
+    registries = map(importlib.import_module, ('mmengine.registry', 'mmdet.registry'))
+    return ', '.join(f'{registry.__name__} does not find {name}' for registry in registries
+                     for name in LAYERS if registry.MODELS.get(name) is None)
 
 
-def _verdict(config: str, serious, job, unchecked: str) -> str:
-    if serious or (unchecked and not job):
-        return f'{config} cannot be trained before the problems above are mended.'
-    if job:
-        return f'the environment is fine; {config} lacks data or weights.'
-    return f'{config} can be trained here.'
+def _find_files(config: Path) -> str:
+    from mmengine.config import Config
+
+    from ..engine.preflight import missing_files
+    cfg = Config.fromfile(str(config))
+    problems = missing_files(cfg, ('train', 'val'))
+    if 'torchvision://' in str(cfg.get('model')) and _import_error('torchvision'):
+        problems.append('weights from torchvision:// need torchvision, which does not work here. '
+                        'Name a file in RESNET50_CHECKPOINT or the variable that the config reads.')
+    return '\n  '.join(problems)
