@@ -7,10 +7,10 @@ VENV ?= .venv$(if $(filter-out maintained,$(STACK)),-$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-core lint clean
+.PHONY: help setup demo test test-long test-core test-networks lint clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## create or complete the virtual environment (10 to 30 minutes if mmcv must be compiled)
 	@$(PYTHON) tools/dev/setup_env.py --stack $(STACK) --venv $(VENV)
@@ -38,6 +38,13 @@ test-core:  ## test the layers alone: make test-core PYTHON=python3.9 TORCH='tor
 	$(CORE)/bin/python -m pip install --no-deps --editable .
 	$(CORE)/bin/python -m pytest tests/test_layer.py tests/test_parity.py tests/test_properties.py \
 		tests/test_decorrelated_norms.py
+
+NETWORKS ?= .venv-networks
+test-networks:  ## put CE into networks of timm and torchvision and fold them; writes docs/networks.md
+	$(PYTHON) -m venv $(NETWORKS)
+	$(NETWORKS)/bin/python -m pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 numpy
+	$(NETWORKS)/bin/python -m pip install --no-deps --editable .
+	OMP_NUM_THREADS=1 $(NETWORKS)/bin/python -W ignore tools/dev/try_networks.py
 
 lint: setup  ## check style
 	$(VENV)/bin/ruff check .

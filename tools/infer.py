@@ -125,7 +125,7 @@ def build_inferencer(arguments):
     # the visualizer has the same dict
     inferencer.model.dataset_meta['classes'] = class_names(checkpoint, cfg)
     if arguments.fuse:
-        fuse(inferencer)
+        fuse(inferencer.model, device)
     return inferencer
 
 
@@ -139,13 +139,14 @@ def class_names(checkpoint, cfg):
         {**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo['classes']
 
 
-def fuse(inferencer):
-    from cenet_mmdet.deploy import fuse_ce
+def fuse(model, device):
+    """Fold backbone, neck and dense head."""
+    import torch
 
-    try:
-        inferencer.model = fuse_ce(inferencer.model)
-    except ValueError as error:
-        sys.exit(str(error))
+    from cenet_mmdet.deploy import fuse_ce
+    from cenet_mmdet.deploy.export import DensePart
+
+    fuse_ce(DensePart(model), torch.randn(1, 3, 256, 256, device=device))
 
 
 def is_readable(path):

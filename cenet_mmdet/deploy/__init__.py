@@ -1,6 +1,7 @@
-"""CE folded into the convolutions in front of it, for inference (section 3.1 of the paper).
+"""CE folded into the layers in front of it, for inference (section 3.1 of the paper).
 
-`fuse_ce` is what users call; `convolution.py` computes, `pairs.py` finds what to fold.
+Users call `fuse_ce`. `tracing.py` finds the layers that belong together, `convolution.py` folds
+them, `compare.py` compares the model with what it was.
 """
 from .convolution import CEConv2d
 from .fuse import fuse_ce

@@ -3,9 +3,9 @@
 With W2 the convolution's weights times gamma / sigma, and b2 what is left of the norm as
 a bias, CE's input is x = W2 u + b2, and its output
 
-    p_n = [lambda W + (1 - lambda) diag(w_n)] x_n = M_n u_n + c_n
-    M_n = W1 + (1 - lambda) diag(w_n) W2        W1 = lambda W W2
-    c_n = b1 + (1 - lambda) w_n b2              b1 = lambda W b2
+    p_n = [A + a diag(w_n)] x_n = M_n u_n + c_n       A = lambda W, a = 1 - lambda
+    M_n = W1 + a diag(w_n) W2                         W1 = A W2
+    c_n = b1 + a w_n b2                               b1 = A b2
 
 BD alone is merged into the weights for good (the paper's section 3.1). IR looks at the
 variances of x; for a 1x1 convolution they follow from the covariance S_n of u,
@@ -15,11 +15,12 @@ variances of x; for a 1x1 convolution they follow from the covariance S_n of u,
 so that x, which has four times the channels of u in a bottleneck, is never made, and
 p takes one batched product, as the convolution by itself.
 """
-from typing import Union
+import copy
+import math
+from typing import Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import CE
 from ..layers.steps.moments import instance_moments, safe_count
@@ -30,62 +31,75 @@ from ..utils.compat import is_exporting
 PIXELS_PER_CHANNEL = 1.3
 
 
-def fold(conv: nn.Conv2d, norm: nn.Module, ce: CE) -> Union[nn.Conv2d, 'CEConv2d']:
-    """A module that computes ce(norm(conv(u))), all in evaluation mode.
+def operator_parts(ce: CE) -> Tuple[Tensor, float]:
+    """A (G, d, d), in float64, and a, where CE in evaluation is p_n = [A + a diag(w_n)] x_n."""
+    ratio = float(ce.ratio(torch.float64))
+    if not ce.has_bd:
+        shape = (ce.num_groups, ce.group_size, ce.group_size)
+        return ce.running_scale.new_zeros(shape, dtype=torch.float64), 1 - ratio
+    return ratio * ce.running_whitening.double(), 1 - ratio
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, norm: nn.Module, ce: Optional[CE]) -> nn.Module:
+    """A module that computes ce(norm(layer(u))), all in evaluation mode.
+
+    Args:
+        layer: a convolution, not transposed, or a linear layer.
+        norm: a batch norm with running statistics.
+        ce: None for the layer and norm alone.
 
     Returns:
-        A convolution for BD alone, else a `CEConv2d`.
+        A layer like the one given if possible, else a `CEConv2d`.
     """
-    conv = fuse_conv_bn_eval(conv, norm)
-    if ce.has_ir:
-        return CEConv2d(conv, ce)
-    weight, bias = _decorrelated(conv, ce)
-    conv.weight.data, conv.bias.data = weight.view_as(conv.weight), bias
-    return conv
+    layer = _fold_norm(layer, norm)
+    if ce is None:
+        return layer
+    # BD that mixes channels of several groups of a grouped convolution is not merged into it. The
+    # convolution would need larger groups: behind a depthwise one of 3x3, 9d products for each
+    # output, while BD itself has d.
+    if ce.has_ir or ce.num_groups % getattr(layer, 'groups', 1):
+        return CEConv2d(layer, ce)
+    layer.weight.data, layer.bias.data = _multiplied(operator_parts(ce)[0], layer)
+    return layer
 
 
 class CEConv2d(nn.Module):
-    """A convolution and the CE behind it, for inference only.
+    """A convolution or linear layer and the CE behind it, for inference only.
 
     Args:
-        conv: the convolution, with the norm folded into it.
-        ce: the CE layer with IR, in evaluation mode.
+        conv: the layer, with the norm folded into it.
+        ce: in evaluation mode.
 
     Shape:
-        - Input: (N, C_in, H, W), of which N, H and W may be 0 or more.
+        - Input: (N, C_in, H, W), of which N, H and W may be 0 or more, or with fewer or more
+          spatial dimensions.
         - Output: (N, C, H_out, W_out), in the input's type and memory format where the
           convolution is 1x1; variances and the algebra on them are float32 or float64.
     """
 
-    def __init__(self, conv: nn.Conv2d, ce: CE) -> None:
+    @torch.no_grad()
+    def __init__(self, conv: nn.Module, ce: CE) -> None:
         super().__init__()
         self.conv = conv
         self.ce = ce
-        ratio = ce.ratio(torch.float64)
-        self.bd_share = ratio.item() if isinstance(ratio, Tensor) else ratio  # lambda
-        weight, bias = _decorrelated(conv, ce) if ce.has_bd else (
-            torch.zeros_like(conv.weight.flatten(1)), torch.zeros_like(conv.bias))
-        self.register_buffer('bd_weight', self.bd_share * weight, persistent=False)  # W1
-        self.register_buffer('bd_bias', self.bd_share * bias, persistent=False)  # b1
+        self.can_skip_x = ce.has_ir and _is_pointwise(conv)
+        if self.can_skip_x:
+            matrix, self.ir_share = operator_parts(ce)  # A, a
+            weight, bias = _multiplied(matrix, conv)
+            self.register_buffer('bd_weight', weight.flatten(1), persistent=False)  # W1
+            self.register_buffer('bd_bias', bias, persistent=False)  # b1
         self.eval()
 
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether the convolution is a matrix product at every pixel."""
-        conv = self.conv
-        return (conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
-                and conv.groups == 1)
-
     def forward(self, u: Tensor) -> Tensor:
-        if self.is_pointwise and self._is_large(u):
+        if self.can_skip_x and self._is_large(u):
             with torch.autocast(u.device.type, enabled=False):
                 return self._without_x(u)
         return self.ce(self.conv(u))
 
     def _is_large(self, u: Tensor) -> bool:
         # An exported program has one form for all sizes.
-        return (is_exporting()
-                or u.shape[2] * u.shape[3] > PIXELS_PER_CHANNEL * u.shape[1])
+        return is_exporting() or math.prod(u.shape[2:]) > PIXELS_PER_CHANNEL * u.shape[1]
 
     def _without_x(self, u: Tensor) -> Tensor:
         maps = u.flatten(2)  # (N, C_in, L)
@@ -96,7 +110,7 @@ class CEConv2d(nn.Module):
         # v_n = diag(W2 S_n W2^T), (N, C); rounding may leave it below 0
         variance = ((weight @ covariance) * weight).sum(-1).clamp(min=0)
         weights = self.ce.reweighting(variance) / self.ce.running_scale.to(dtype)  # w_n, eq. 8
-        weights = (1 - self.bd_share) * weights
+        weights = self.ir_share * weights
         matrix = torch.addcmul(self.bd_weight.to(dtype), weights.unsqueeze(-1), weight)  # M_n
         shift = torch.addcmul(self.bd_bias.to(dtype), weights, bias)  # c_n
         matrix, shift = matrix.to(u.dtype), shift.to(u.dtype)
@@ -113,10 +127,31 @@ class CEConv2d(nn.Module):
         return super().train(False)
 
 
-def _decorrelated(conv: nn.Conv2d, ce: CE):
-    """W W2 as (C, C_in * k * k), and W b2."""
-    whitening = ce.running_whitening.double()
-    grouped = conv.weight.detach().double().view(ce.num_groups, ce.group_size, -1)
-    weight = (whitening @ grouped).flatten(0, 1)
-    bias = (whitening @ conv.bias.detach().double().view(ce.num_groups, ce.group_size, 1)).flatten()
-    return weight.to(conv.weight.dtype), bias.to(conv.bias.dtype)
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether it is a convolution that is a matrix product at every pixel."""
+    return not isinstance(layer, nn.Linear) and (
+        {*layer.kernel_size, *layer.stride, layer.groups} == {1}
+        and (isinstance(layer.padding, str) or not any(layer.padding)))
+
+
+def _fold_norm(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """A copy of the layer that computes norm(layer(u))."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.double()
+    bias = 0. if layer.bias is None else layer.bias.double()
+    bias = scale * (bias - norm.running_mean.double())
+    if norm.affine:
+        bias = bias + norm.bias.double()
+    weight = scale.view(-1, *[1] * (layer.weight.dim() - 1)) * layer.weight.double()
+    folded = copy.deepcopy(layer)
+    folded.weight.data = weight.to(layer.weight.dtype)
+    folded.bias = nn.Parameter(bias.to(layer.weight.dtype))
+    return folded
+
+
+def _multiplied(matrix: Tensor, layer: nn.Module) -> Iterator[Tensor]:
+    """A W2 and A b2 for A (G, d, d), in the shapes of the layer's weights and bias."""
+    for parameter in (layer.weight, layer.bias):
+        grouped = parameter.double().reshape(*matrix.shape[:2], -1)
+        yield (matrix @ grouped).to(parameter.dtype).view_as(parameter)

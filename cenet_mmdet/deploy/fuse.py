@@ -1,92 +1,107 @@
 """`fuse_ce`: a trained model made ready for inference."""
-from typing import Dict, List
+import copy
+from typing import Any, Dict, List, Set
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
-from ..layers import CE
-from ..models.insert import NormCE
+from ..models.insert import NormCE, activation_of, replace_modules
+from ..utils.errors import InputError, first_line
+from .compare import TOLERANCE, deviation, first_difference, run, tensors
 from .convolution import fold
-from .pairs import Pair, pairs
+from .tracing import Chain, trace
 
 
-def fuse_ce(model: nn.Module) -> nn.Module:
-    """Fold batch norms and CE into the convolutions in front of them, in place.
+def fuse_ce(model: nn.Module, example: Any) -> nn.Module:
+    """Fold batch norms and CE into the layers in front of them, in place.
 
-    The model then computes what it did in evaluation mode, up to rounding, and can be
-    used for inference only; its state dict is another one. Plain pairs of convolution and
-    batch norm are folded too. It works on the package's backbones, on networks with CE
-    as a plugin of MMDetection's ResNet, and on what `insert_ce` made, where the parent
-    of the layers is an `nn.Sequential`, an MMCV `ConvModule` or names them as ResNets do.
+    The model then computes what it did in evaluation mode, up to rounding. It can be used for
+    inference only, and its state dict is another one. Copies of the model run on the example, to
+    see which layers follow each other and to compare the results; so any network will do.
+
+    CE and its norm are folded into the convolution or linear layer in front of them. If there is
+    none, or its output is also used elsewhere, they become one step behind it. Batch norms
+    without CE are folded too, where that is exact. Layers that the example does not reach stay.
 
     Args:
-        model: a network in evaluation mode, on any device, in any floating point type.
+        model: in evaluation mode, in float32 or float64. Convert it to half precision afterwards.
+        example: input on the model's device: a tensor, or a tuple or dict of arguments. The model
+            must compute the same each time, and its output must hold tensors in lists, tuples or
+            dicts.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if a CE layer cannot be folded, because it or its norm is in training
-            mode, its statistics were never set, its norm is no batch norm, or no
-            convolution is found in front of it. The message names all such layers;
-            the model is left as it was.
+        InputError: a CE layer cannot be folded, because it or its norm is in training mode, its
+            statistics were never set, its norm is no batch norm, or something else reads the
+            norm's output; the message names all such layers. Or the output deviates by more than
+            1e-10 of its largest value (float32: 1e-4); the message names the first module whose
+            output does. The model is left as it was.
     """
-    found = [pair for pair in pairs(model) if pair.ce is not None or _is_plain(pair)]
-    problems = _problems(model, found)
+    tolerance = _tolerance(model)
+    twin = _copied(model)
+    pairs = list(zip(model.modules(), twin.modules()))
+    names = {module: name or 'the model' for name, module in twin.named_modules()}
+    output, chains, problems = trace(twin, example, tolerance)
     if problems:
-        raise ValueError('these layers cannot be folded: ' + '; '.join(
-            f'{name} ({why})' for name, why in problems.items()))
-    for pair in found:
-        parent, name = pair.conv
-        conv = parent._modules[name]
-        setattr(parent, name, fuse_conv_bn_eval(conv, pair.norm) if pair.ce is None
-                else fold(conv, pair.norm, pair.ce))
-        for parent, name in pair.emptied:
-            setattr(parent, name, nn.Identity())
-    return model
+        raise InputError('these layers cannot be folded: ' + '; '.join(
+            f'{", ".join(names[ce] for ce in problems if problems[ce] == why)} ({why})'
+            for why in dict.fromkeys(problems.values())))
+    expected = [tensor.clone() for tensor in tensors(output)]
+    folded = _folded(chains)
+    twin = replace_modules(twin, folded)
+    inside = {names.get(module) for chain in chains for module in (chain.layer, chain.norm)}
+    _compare(model, twin, example, expected, inside, tolerance)
+    return replace_modules(model, {module: folded[copied] for module, copied in pairs
+                                   if copied in folded})
 
 
-def _is_plain(pair: Pair) -> bool:
-    """Whether a pair without CE can be folded; if not, it stays as it is."""
-    return (_is_convolution(pair) and _is_batch_norm(pair.norm)
-            and not (pair.norm.training or pair.conv[0]._modules[pair.conv[1]].training))
+def _tolerance(model: nn.Module) -> float:
+    if model.training:
+        raise InputError('the model is in training mode; call model.eval() first')
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if types - TOLERANCE.keys():
+        raise InputError('fuse_ce needs a model in float32 or float64: fold first, then convert '
+                         'it to half precision')
+    return max((TOLERANCE[dtype] for dtype in types), default=0.)
 
 
-def _problems(model: nn.Module, found: List[Pair]) -> Dict[str, str]:
-    """Why CE layers cannot be folded, by their names."""
-    by_ce = {id(pair.ce): pair for pair in found if pair.ce is not None}
-    problems = {}
-    for name, ce in model.named_modules():
-        if isinstance(ce, NormCE) and ce.before:
-            problems[f'{name}.ce'] = 'CE stands before its norm'
-        if isinstance(ce, CE) and name not in problems:
-            why = _problem(ce, by_ce.get(id(ce)))
-            if why:
-                problems[name or type(ce).__name__] = why
-    return problems
+def _copied(model: nn.Module) -> nn.Module:
+    # The older kind of weight norm keeps a computed weight, which deepcopy refuses.
+    computed = {id(value): value.detach().clone() for module in model.modules()
+                for value in vars(module).values() if isinstance(value, Tensor)}
+    return copy.deepcopy(model, computed)
 
 
-def _problem(ce: CE, pair) -> str:
-    if pair is None:
-        return 'no convolution and norm were found in front of it'
-    if not _is_convolution(pair):
-        return f'{type(pair.conv[0]._modules[pair.conv[1]]).__name__} {pair.name} is no nn.Conv2d'
-    if not _is_batch_norm(pair.norm):
-        return (f'its norm is a {type(pair.norm).__name__}; only batch norms with running '
-                'statistics can be folded')
-    if ce.training or pair.norm.training:
-        return 'it or its norm is in training mode; call model.eval() first'
-    if not ce.num_batches_tracked:
-        return 'its statistics were never trained or loaded; load a checkpoint first'
-    return ''
+def _folded(chains: List[Chain]) -> Dict[nn.Module, nn.Module]:
+    """What replaces the modules of the chains."""
+    folded = {}
+    for layer, norm, batch_norm, ce in chains:
+        if layer is not None:
+            folded[layer] = fold(layer, batch_norm, ce)
+            folded[norm] = activation_of(norm) or nn.Identity()
+        else:
+            folded[norm] = NormCE(batch_norm, ce)  # computes both in one step
+        if ce is not None:
+            folded[ce] = nn.Identity()
+    return {module: replacement.eval() for module, replacement in folded.items()}
 
 
-def _is_convolution(pair: Pair) -> bool:
-    conv = pair.conv[0]._modules[pair.conv[1]]
-    return isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
-
-
-def _is_batch_norm(norm: nn.Module) -> bool:
-    return (isinstance(norm, _BatchNorm) and norm.running_mean is not None
-            and not hasattr(norm, 'act'))  # timm's have their activation inside
+def _compare(model: nn.Module, folded: nn.Module, example: Any, expected: List[Tensor],
+             inside: Set[str], tolerance: float) -> None:
+    """An InputError if the folded model's output is not the expected one."""
+    if not expected:
+        raise InputError("fuse_ce compares outputs, but the model's output for the example holds "
+                         'no tensor in a list, tuple or dict')
+    try:
+        found = list(tensors(run(folded, example)))
+    except Exception as error:
+        raise InputError(f'the folded model does not run ({first_line(error)}); the model is left '
+                         'as it was') from error
+    if deviation(found, expected) <= tolerance:
+        return
+    name, difference = first_difference(_copied(model), folded, example, inside, tolerance)
+    raise InputError(f'the folded model computes something else: the first output that differs is '
+                     f'that of {name}, by {difference:.1e} of its largest value; the model is left '
+                     'as it was. In float32, rounding can change what a network selects, such as '
+                     'detections: fold model.double()')

@@ -34,6 +34,14 @@ def load_config(path: PathLike, options: Optional[Dict] = None) -> Config:
     return cfg
 
 
+def init_scope(cfg: Config) -> None:
+    """Make the library that a config belongs to the one that names in it refer to."""
+    scope = cfg.get('default_scope') or 'mmdet'  # new-style configs have none
+    if scope == 'mmpretrain':
+        from . import mmpretrain  # noqa: F401  it imports the library, without torchvision too
+    init_default_scope(scope)
+
+
 def build_model(path: PathLike) -> nn.Module:
     """The model of a config, with random weights, for one process.
 
@@ -44,7 +52,7 @@ def build_model(path: PathLike) -> nn.Module:
         InputError: there is no such file.
     """
     cfg = load_config(path)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_scope(cfg)
     cfg.model.backbone.init_cfg = None
     with MODELS.switch_scope_and_registry(None) as registry:
         model = revert_sync_batchnorm(registry.build(cfg.model))

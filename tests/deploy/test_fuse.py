@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import HALF, ROOT, tool
+import torch.nn.functional as F
+from conftest import HALF, ROOT, run, tool
+from helpers.norms import BatchNormAct2d
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones import ResNet
 from torch import nn
@@ -15,8 +17,11 @@ from cenet_mmdet import CE, CEResNet, insert_ce
 from cenet_mmdet.deploy import CEConv2d, fuse_ce
 from cenet_mmdet.deploy.export import DensePart, export_onnx
 from cenet_mmdet.models.backbones import CEMobileNetV2
-from cenet_mmdet.models.norm_layers import CEGN
+from cenet_mmdet.models.build import build_model
+from cenet_mmdet.models.insert import NormCE
+from cenet_mmdet.models.norm_layers import CEBN, CEGN
 from cenet_mmdet.utils.compat import CAN_EXPORT
+from cenet_mmdet.utils.errors import InputError
 
 SLIM = dict(base_channels=8, stem_channels=8)
 PLUGIN = [dict(cfg=dict(type='CE', group_size=4), stages=(True, True, False, True),
@@ -82,20 +87,21 @@ def outputs(model, x):
 
 def deviation(ours, expected):
     """Largest difference, relative to the output's largest value."""
+    assert len(ours) == len(expected)
     return max(float((a.double() - b.double()).abs().max() / b.abs().max())
                for a, b in zip(ours, expected))
 
 
-@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
-def network(request):
-    return request.param
+def fused(model, dtype=torch.float64):
+    """A folded copy."""
+    return fuse_ce(copy.deepcopy(model).to(dtype), images(2, 3, 32, 32, dtype=dtype))
 
 
-def test_computes_what_the_model_did(network, monkeypatch):
+@pytest.mark.parametrize('network', NETWORKS.values(), ids=NETWORKS)
+def test_computes_what_the_model_did(network):
     """Large and small maps, to 1e-12 in float64 and 1e-4 in float32; no norm is left."""
     model = trained(network)
-    folded = fuse_ce(copy.deepcopy(model))
-    single = fuse_ce(copy.deepcopy(model).float())
+    folded, single = fused(model), fused(model, torch.float32)
     for size in ((2, 3, 64, 96), (1, 3, 224, 160), (3, 3, 32, 32)):
         x = images(*size, seed=9)
         expected = outputs(model, x)
@@ -112,7 +118,8 @@ def test_large_maps_are_computed_without_ces_input(size, without_x, monkeypatch)
                         lambda self, u: (calls.append(u.shape), original(self, u))[1])
     model = trained(sequential)
     x = images(2, 3, *size)
-    folded = fuse_ce(copy.deepcopy(model))
+    folded = fused(model)
+    calls.clear()
     assert deviation(outputs(folded, x), outputs(model, x)) < 1e-12
     # the convolutions from 3 and from 12 channels, not the 3x3 one
     assert [shape[1] for shape in calls] == ([3, 12] if without_x else [3])
@@ -120,19 +127,19 @@ def test_large_maps_are_computed_without_ces_input(size, without_x, monkeypatch)
 
 def test_sizes_without_variance_or_images():
     model = trained(sequential)
-    folded = fuse_ce(copy.deepcopy(model))
+    folded = fused(model)
     for size in ((2, 3, 1, 1), (0, 3, 8, 8), (1, 3, 2, 1)):
         torch.testing.assert_close(outputs(folded, images(*size)), outputs(model, images(*size)))
 
 
 def test_bd_alone_is_a_convolution():
-    folded = fuse_ce(trained(NETWORKS['BD alone']))
+    folded = fused(trained(NETWORKS['BD alone']))
     assert not [m for m in folded.modules() if isinstance(m, (CE, CEConv2d))]
 
 
 def test_channels_last_stays_so():
     """Without a copy to NCHW where the convolution is 1x1 and the map large."""
-    model = fuse_ce(trained(lambda: insert_ce(
+    model = fused(trained(lambda: insert_ce(
         nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)), '.*')))
     x = images(2, 3, 8, 8)
     last = x.contiguous(memory_format=torch.channels_last)
@@ -150,77 +157,151 @@ def test_half_precision(dtype):
     x = images(2, 3, 96, 96, seed=9)
     expected = outputs(exact, x)
     model = copy.deepcopy(exact).to(dtype)
-    folded = fuse_ce(copy.deepcopy(exact)).to(dtype)
+    folded = fused(exact).to(dtype)
     ours = outputs(folded, x.to(dtype))
     assert all(y.dtype == dtype for y in ours)
     assert deviation(ours, expected) < 2 * deviation(outputs(model, x.to(dtype)), expected)
 
 
-class TestRefusal:
+class Block(nn.Module):
+    """Layers that a function calls; one that none calls."""
 
-    def refused(self, model, *texts):
-        before = {name: type(module) for name, module in model.named_modules()}
-        with pytest.raises(ValueError, match='cannot be folded') as error:
-            fuse_ce(model)
-        for text in texts:
-            assert text in str(error.value)
-        assert {name: type(module) for name, module in model.named_modules()} == before
+    def __init__(self, forward, **ce_cfg):
+        super().__init__()
+        self.conv, self.bn, self.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.ce, self.unused = CE(3, **ce_cfg), CE(3)
+        self.tail = nn.Sequential(nn.ReLU())
+        self.call = forward
 
-    def test_training_mode(self):
-        model = trained(sequential)
-        model.train()
-        self.refused(model, '1.ce (', '6.ce (', 'model.eval()')
-
-    def test_unset_statistics(self):
-        model = sequential()
-        model.eval()
-        self.refused(model, '1.ce (', 'never trained or loaded')
-
-    def test_other_norms(self):
-        model = nn.Sequential(nn.Conv2d(3, 8, 1), CEGN(8, num_groups=2))
-        model(torch.randn(2, 3, 8, 8))
-        self.refused(model.eval(), '1.ce (its norm is a GroupNorm')
-
-    def test_ce_before_its_norm(self):
-        model = insert_ce(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), '.*', before=True)
-        model(torch.randn(2, 3, 8, 8))
-        self.refused(model.eval(), '1.ce (CE stands before its norm')
-
-    def test_no_convolution(self):
-        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), CE(8))
-        model(torch.randn(2, 3, 8, 8))
-        self.refused(model.eval(), '3 (no convolution and norm')
-
-    @pytest.mark.parametrize('place', ['after_conv1', 'after_conv2'])
-    def test_plugins_behind_a_relu(self, place):
-        model = trained(lambda: ResNet(50, **SLIM, plugins=[{**PLUGIN[0], 'position': place}]))
-        self.refused(model, 'layer1.0.ce', 'no convolution and norm')
-
-    def test_a_folded_model_cannot_be_trained(self):
-        with pytest.raises(RuntimeError, match='folded for inference'):
-            fuse_ce(trained(sequential)).train()
+    def forward(self, x):
+        return self.call(self, x)
 
 
-def test_blocks_whose_norm_comes_first_stay_as_they_are():
-    class PreActivation(nn.Module):
+@pytest.mark.parametrize(('forward', 'kinds'), [
+    (lambda m, x: m.ce(m.bn(m.conv(m.ce(m.bn(m.conv(x)))))), dict(conv=CEConv2d, bn=nn.Identity)),
+    # What the convolution returns goes elsewhere too, is changed, or is returned.
+    (lambda m, x: [z := m.conv(x), z + m.ce(m.bn(z))][1], dict(conv=nn.Conv2d, bn=NormCE)),
+    (lambda m, x: m.ce(m.bn(m.conv(x).relu_())), dict(conv=nn.Conv2d, bn=NormCE)),
+    (lambda m, x: [z := m.conv(x), m.ce(m.bn(z))], dict(conv=nn.Conv2d, bn=NormCE)),
+    (lambda m, x: m.bn(m.conv(x)) + m.conv(x), dict(conv=nn.Conv2d, bn=nn.BatchNorm2d)),
+    (lambda m, x: m.ce(m.bn(m.conv(x))) + m.bn2(m.conv(x)), dict(bn=NormCE, bn2=nn.BatchNorm2d))])
+def test_folds_only_what_nothing_else_reads(forward, kinds):
+    model = trained(lambda: Block(forward))
+    folded = fused(model)
+    x = images(2, 3, 5, 6)
+    assert deviation(outputs(folded, x), outputs(model, x)) < 1e-12
+    for name, kind in dict(kinds, unused=CE).items():
+        assert type(folded.get_submodule(name)) is kind
+
+
+def test_layers_with_hooks_stay():
+    model = trained(sequential)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append('conv'))
+    model[1].ce.register_forward_hook(lambda *_: calls.append('ce'))
+    folded = fused(model)
+    calls.clear()
+    outputs(folded, images(1, 3, 4, 4))
+    assert calls == ['conv', 'ce']
+
+
+def snapshot(model):
+    """All attributes of all modules: which objects they are, and the values of tensors."""
+    attributes = {name: {key: {k: id(v) for k, v in value.items()} if isinstance(value, dict)
+                         else id(value) for key, value in vars(module).items()}
+                  for name, module in model.named_modules()}
+    return attributes, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def conv_then(*layers):
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *layers)
+
+
+def weights_read(m, x):
+    return m.ce(m.bn(m.conv(x))) + m.tail(F.conv2d(x, m.conv.weight))
+
+
+REFUSED = {
+    'training': (sequential, lambda m: m.train(), 'the model is in training mode'),
+    'CE in training': (sequential, lambda m: m[1].ce.train(),
+                       r': 1\.ce \(it or its norm is in training mode'),
+    'norm in training': (sequential, lambda m: m[4].norm.train(), r': 4\.ce \('),
+    'unset': (sequential, lambda m: [m[i].ce.reset_running_stats() for i in (1, 6)],
+              r': 1\.ce, 6\.ce \(its statistics were never trained or loaded'),
+    'half precision': (sequential, lambda m: m.bfloat16(), 'float32 or float64'),
+    'group norm': (lambda: conv_then(CEGN(8, num_groups=2)), None,
+                   r'1\.ce \(its norm is a GroupNorm; only batch norms'),
+    'CE before its norm': (lambda: insert_ce(conv_then(nn.BatchNorm2d(8)), '1', before=True), None,
+                           r'1\.ce \(its input is not the output of one norm'),
+    'behind ReLU': (lambda: conv_then(nn.BatchNorm2d(8), nn.ReLU(), CE(8)), None,
+                    r'3 \(its input is not the output of one norm'),
+    'behind ReLU in place': (lambda: conv_then(nn.BatchNorm2d(8), nn.ReLU(True), CE(8)), None,
+                             r'3 \(something else reads or changes the output of its norm'),
+    'behind activation': (lambda: conv_then(BatchNormAct2d(8), CE(8)), None,
+                          r'2 \(something else reads or changes the output of its norm'),
+    'norm read elsewhere': (lambda: Block(lambda m, x: [y := m.bn(x), y + m.ce(y)][1]), None,
+                            r'ce \(something else reads or changes the output of its norm'),
+    'two norms': (lambda: Block(lambda m, x: m.ce(m.bn(x)) + m.ce(m.bn2(x))), None,
+                  r'ce \(its input is not the output of one norm'),
+    'plugins': (lambda: ResNet(50, **SLIM, plugins=[{**PLUGIN[0], 'position': 'after_conv2'}]),
+                None, r': layer1\.0\.ce'),
+    'weights read': (lambda: Block(weights_read, bd_ratio=1.), None,
+                     r'first output that differs is that of tail\.0, by'),
+    'no weights': (lambda: Block(weights_read), None, "does not run .* no attribute 'weight'"),
+    'random': (lambda: conv_then(CEBN(8), nn.Dropout()), lambda m: m[2].train(),
+               'the first output that differs is that of 2,'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_a_refusal_leaves_the_model_as_it_was(case):
+    make, change, message = REFUSED[case]
+    model = trained(make)
+    if change is not None:
+        change(model)
+    before, values = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        fuse_ce(model, images(2, 3, 32, 32, dtype=next(model.parameters()).dtype))
+    after, state = snapshot(model)
+    assert after == before
+    assert all(torch.equal(state[key], value) for key, value in values.items())
+
+
+def test_a_folded_model_cannot_be_trained():
+    with pytest.raises(RuntimeError, match='folded for inference'):
+        fused(trained(sequential)).train()
+
+
+@pytest.mark.parametrize('example', [
+    (images(2, 3, 8, 8), images(2, 3, 9, 9)), dict(x=images(2, 3, 8, 8)), (images(2, 3, 8, 8), )])
+def test_examples_of_several_arguments(example):
+    """Used as copies: this model changes its first argument."""
+    class Model(nn.Module):
 
         def __init__(self):
             super().__init__()
-            self.bn1, self.conv1 = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+            self.layers = sequential()
 
-        def forward(self, x):
-            return self.conv1(self.bn1(x))
+        def forward(self, x, y=None):
+            x -= 5
+            return {'x': self.layers(x), 'rest': [] if y is None else [self.layers(y)]}
 
-    model = trained(PreActivation)
-    expected = outputs(model, images(2, 3, 8, 8))
-    torch.testing.assert_close(outputs(fuse_ce(model), images(2, 3, 8, 8)), expected)
-    assert isinstance(model.bn1, nn.BatchNorm2d)
+    model = fuse_ce(trained(Model), example)
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    values = list(example.values()) if isinstance(example, dict) else example
+    torch.testing.assert_close(values[0], images(2, 3, 8, 8))
+
+
+def test_needs_torch_alone():
+    code = ('import sys; sys.modules.update(dict.fromkeys(("mmengine", "mmcv", "mmdet")))\n'
+            'from cenet_mmdet.deploy import fuse_ce; print(fuse_ce.__module__)')
+    assert 'cenet_mmdet.deploy.fuse' in run(sys.executable, '-W', 'ignore', '-c', code).stdout
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_EXPORT, reason='needs torch 2.7')
 def test_compiles_and_exports_without_graph_breaks():
-    folded = fuse_ce(trained(NETWORKS['CE-ResNet-50'], torch.float32))
+    folded = fused(trained(NETWORKS['CE-ResNet-50'], torch.float32), torch.float32)
     x = images(1, 3, 96, 64, dtype=torch.float32)
     compiled = torch.compile(folded, backend='aot_eager', fullgraph=True)
     assert deviation(outputs(compiled, x), outputs(folded, x)) < 1e-5
@@ -233,8 +314,6 @@ def test_compiles_and_exports_without_graph_breaks():
 
 def test_deploy_tool_exports_a_detector(tmp_path):
     """The command as typed: folded, exported, run in onnxruntime on three sizes."""
-    sys.path.insert(0, str(ROOT / 'tools'))
-    from _mmdet import build_model
     config = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
     model = build_model(config)
     checkpoint = tmp_path / 'epoch_1.pth'
@@ -263,7 +342,7 @@ def test_deploy_tool_exports_a_detector(tmp_path):
 
 
 def test_export_refuses_odd_sizes(tmp_path):
-    model = fuse_ce(trained(NETWORKS['CE-ResNet-18'], torch.float32))
+    model = trained(NETWORKS['CE-ResNet-18'], torch.float32)
     with pytest.raises(ValueError, match='multiples of 32, got 65 x 64'):
         export_onnx(model, tmp_path / 'x.onnx', torch.zeros(1, 3, 65, 64))
     assert len(DensePart(model)(torch.zeros(1, 3, 64, 64))) == 4

@@ -1,6 +1,13 @@
 """insert_ce and the CE norms, on networks in the styles of torchvision, timm and MMDetection."""
 import pytest
 import torch
+from helpers.norms import (
+    BatchNormAct2d,
+    ConvNeXtLayerNorm,
+    DetrFrozenBatchNorm2d,
+    FrozenBatchNorm2d,
+    LayerNorm2d,
+)
 from mmdet.models.backbones import ResNet
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
@@ -9,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cenet_mmdet import CE, SyncCE, insert_ce
 from cenet_mmdet.models.insert import NormCE
+from cenet_mmdet.utils.errors import InputError
 
 
 class TorchvisionBlock(nn.Module):
@@ -27,17 +35,6 @@ class TorchvisionBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(out)).add_(x))
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
-    """A norm with its activation inside, as timm has it."""
-
-    def __init__(self, channels):
-        super().__init__(channels)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.act(super().forward(x))
-
-
 def torchvision_style():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
                          TorchvisionBlock(8), TorchvisionBlock(8))
@@ -48,6 +45,13 @@ def timm_style():
                          BatchNormAct2d(8))
 
 
+def other_norms():
+    norms = (BatchNormAct2d(8, nn.PReLU), FrozenBatchNorm2d(8), DetrFrozenBatchNorm2d(8),
+             LayerNorm2d(8), ConvNeXtLayerNorm(8), nn.GroupNorm(1, 8), nn.InstanceNorm2d(8))
+    return nn.Sequential(nn.Conv2d(3, 8, 1),
+                         *(nn.Sequential(nn.Conv2d(8, 8, 3), norm) for norm in norms))
+
+
 def mmdet_style():
     return ResNet(50, base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
                   dilations=(1, 1), out_indices=(0, 1), zero_init_residual=False)
@@ -56,6 +60,7 @@ def mmdet_style():
 STYLES = {
     'torchvision': (torchvision_style, r'\d\.bn2', ['3.bn2', '4.bn2']),
     'timm': (timm_style, '.*', ['1', '3']),
+    'other norms': (other_norms, '.*', [f'{i}.1' for i in range(1, 8)]),
     'mmdet': (mmdet_style, r'layer\d\.\d\.bn3', [f'layer1.{i}.bn3' for i in range(3)]
               + [f'layer2.{i}.bn3' for i in range(4)]),
 }
@@ -78,6 +83,7 @@ class TestStyles:
         make, where, names = STYLES[style]
         model = insert_ce(make(), where, dict(group_size=4))
         layers = [m for m in model.modules() if isinstance(m, CE)]
+        assert [name for name, m in model.named_modules() if isinstance(m, NormCE)] == names
         assert len(layers) == len(names)
         assert all(layer.group_size == 4 for layer in layers)
         signs = []
@@ -152,6 +158,14 @@ class TestSelection:
     def test_a_norm_alone_and_group_norm(self):
         assert isinstance(insert_ce(nn.GroupNorm(2, 8), '').ce, CE)
 
+    @pytest.mark.parametrize('norm', [nn.LayerNorm(8), ConvNeXtLayerNorm(8, channels_first=False),
+                                      nn.LayerNorm((8, 4, 4))])
+    def test_norms_over_the_last_dimension_are_refused(self, norm):
+        model = nn.Sequential(nn.BatchNorm2d(8), nn.Sequential(norm))
+        with pytest.raises(InputError, match=r'selects 1\.0: .* dimension 1.* There are: 0$'):
+            insert_ce(model, '.*')
+        assert type(model[0]) is nn.BatchNorm2d
+
     def test_twice_is_not_twice(self):
         model = insert_ce(torchvision_style(), '1')
         with pytest.raises(ValueError, match='selects no normalization layer'):
@@ -163,12 +177,27 @@ class TestSelection:
             insert_ce(torchvision_style(), where)
 
     def test_a_network_without_norms(self):
-        with pytest.raises(ValueError, match='none, the network has no batch'):
+        with pytest.raises(ValueError, match='none, the network has no norm'):
             insert_ce(nn.Sequential(nn.Conv2d(3, 8, 3)), '.*')
 
     def test_an_unknown_layer(self):
         with pytest.raises(ValueError, match="no layer 'Nothing' in the registry"):
             insert_ce(torchvision_style(), '1', dict(type='Nothing'))
+
+
+@pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm,
+                                     SyncCE.convert_sync_ce, lambda model: SyncCE.convert_sync_ce(
+                                         nn.SyncBatchNorm.convert_sync_batchnorm(model))])
+def test_conversions_keep_ce_and_activation(convert):
+    """All inserted layers, and the activations behind them, run after it."""
+    model = convert(insert_ce(timm_style(), '.*'))
+    calls = []
+    for module in model.modules():
+        if isinstance(module, NormCE):
+            module.ce.register_forward_hook(lambda *_: calls.append('ce'))
+            module.act.register_forward_hook(lambda *_: calls.append('act'))
+    model(images())
+    assert calls == ['ce', 'act'] * 2
 
 
 class TestNormCfg:

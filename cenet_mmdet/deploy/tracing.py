@@ -1,0 +1,168 @@
+"""Which convolution, norm and CE follow each other, observed while the model runs.
+
+Modules do not say in which order they are called. But while the model runs, a norm gets the very
+tensor that the convolution returned. Whether other code reads this tensor too, such as a residual
+addition or an in-place ReLU, shows in the operators that take it.
+"""
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..layers import CE
+from ..models.insert import FROZEN, activation_of, is_norm
+from .compare import deviation, run, tensors
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+OTHER = None  # stands for code outside of the modules that are watched
+
+
+class Chain(NamedTuple):
+    """Modules that follow each other; nothing else reads what goes from one to the next."""
+    layer: Optional[nn.Module]  # of LAYERS; None if there is none that can be folded into
+    norm: nn.Module
+    batch_norm: nn.Module  # computes what the norm does before its activation
+    ce: Optional[CE]
+
+
+def trace(model: nn.Module, example: Any, tolerance: float) -> Tuple[Any, List[Chain], Dict]:
+    """Run the model once.
+
+    Args:
+        model: in evaluation mode.
+        example: as for `compare.run`.
+        tolerance: largest relative deviation of a norm from a batch norm.
+
+    Returns:
+        The output; the chains with a layer or a CE; for each CE that cannot be folded, why.
+    """
+    flow = Flow(tolerance)
+    handles = [handle for module in model.modules() for handle in flow.watch(module)]
+    with flow:
+        output = run(model, example)
+    flow.read(output)
+    for handle in handles:
+        handle.remove()
+    chains = flow.chains()
+    folded = {chain.ce for chain in chains}
+    problems = {ce: flow.problem(ce, ce in folded) for ce in flow.sources if isinstance(ce, CE)}
+    return output, chains, {ce: problem for ce, problem in problems.items() if problem}
+
+
+class Flow(TorchDispatchMode):
+    """Records which modules made a module's input, and which read its output.
+
+    Attributes:
+        sources, readers: these modules, over all calls.
+        batch_norms: for each norm, a batch norm that computes the same; None if there is none.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        super().__init__()
+        self.tolerance = tolerance
+        self.sources: Dict[nn.Module, Set] = {}
+        self.readers: Dict[nn.Module, Set] = {}
+        self.batch_norms: Dict[nn.Module, Optional[nn.Module]] = {}
+        self.running: List[Optional[nn.Module]] = [OTHER]
+
+    def watch(self, module: nn.Module) -> List:
+        """Hook a module that may be part of a chain; the handles. Others' hooks rule it out."""
+        does_more = (module._forward_hooks or module._forward_pre_hooks
+                     or 'forward' in vars(module))
+        if does_more or not (is_layer(module) or is_norm(module) or isinstance(module, CE)):
+            return []
+        return [module.register_forward_pre_hook(self.before),
+                module.register_forward_hook(self.after)]
+
+    def before(self, module: nn.Module, inputs: Tuple) -> None:
+        made_by = getattr(inputs[0], 'made_by', OTHER) if inputs else OTHER
+        self.sources.setdefault(module, set()).add(made_by)
+        self.readers.setdefault(module, set())
+        self.running.append(module)
+
+    def after(self, module: nn.Module, inputs: Tuple, output: Any) -> None:
+        if is_norm(module):
+            batch_norm = as_batch_norm(module, inputs, output, self.tolerance)
+            if self.batch_norms.get(module, batch_norm) is None:  # in an earlier call
+                batch_norm = None
+            self.batch_norms[module] = batch_norm
+        self.running.pop()
+        if isinstance(output, Tensor):
+            output.made_by = module
+            if is_layer(module) and output.dim() != module.weight.dim():
+                self.readers[module].add(OTHER)  # its channels are not in dimension 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def read(self, values: Any) -> None:
+        for tensor in tensors(values):
+            if hasattr(tensor, 'made_by'):
+                self.readers[tensor.made_by].add(self.running[-1])
+
+    def chains(self) -> List[Chain]:
+        found = []
+        for norm, batch_norm in self.batch_norms.items():
+            layer, ce = _only(self.sources[norm]), self._follower(norm)
+            if not (is_layer(layer) and self._follower(layer) is norm):
+                layer = None
+            if not isinstance(ce, CE) or activation_of(norm) is not None:
+                ce = None
+            if batch_norm is not None and (layer is not None or ce is not None):
+                found.append(Chain(layer, norm, batch_norm, ce))
+        return found
+
+    def _follower(self, module: nn.Module) -> Optional[nn.Module]:
+        """The one that reads all outputs of the module, and gets no other input."""
+        reader = _only(self.readers[module])
+        return reader if self.sources.get(reader) == {module} else None
+
+    def problem(self, ce: CE, is_chained: bool) -> Optional[str]:
+        """Why CE cannot be folded."""
+        norm = _only(self.sources[ce])
+        if ce.uses_batch_statistics or getattr(norm, 'training', False):
+            return 'it or its norm is in training mode; call model.eval() first'
+        if not ce.num_batches_tracked:
+            return 'its statistics were never trained or loaded; load a checkpoint first'
+        if is_chained:
+            return None
+        if norm not in self.batch_norms:
+            return 'its input is not the output of one norm'
+        if self.batch_norms[norm] is None:
+            return (f'its norm is a {type(norm).__name__}; only batch norms with running '
+                    'statistics can be folded')
+        return 'something else reads or changes the output of its norm'
+
+
+def is_layer(module: Optional[nn.Module]) -> bool:
+    """Whether it is a convolution or linear layer, with plain weights and no forward of its own."""
+    base = next((layer for layer in LAYERS if isinstance(module, layer)), None)
+    return base is not None and 'weight' in module._parameters and all(
+        getattr(type(module), name, None) is getattr(base, name, None)
+        for name in ('forward', '_conv_forward'))
+
+
+def as_batch_norm(norm: nn.Module, inputs: Tuple, output: Tensor,
+                  tolerance: float) -> Optional[nn.Module]:
+    """A batch norm in evaluation mode that computes what the norm did in a call, or None."""
+    mean = getattr(norm, 'running_mean', None)
+    if mean is None or len(inputs) != 1:
+        return None
+    # Some frozen batch norms have their eps in the code. Whether it is this one, the output shows.
+    batch_norm = BATCH_NORMS[inputs[0].dim()](
+        len(mean), eps=getattr(norm, 'eps', 1e-5), affine=norm.weight is not None,
+        device=mean.device, dtype=mean.dtype).eval()
+    for name in FROZEN:
+        if getattr(norm, name) is not None:
+            getattr(batch_norm, name).data.copy_(getattr(norm, name))
+    expected = batch_norm(inputs[0])
+    activation = activation_of(norm)
+    expected = expected if activation is None else activation(expected)
+    return batch_norm if deviation([output], [expected]) <= tolerance else None
+
+
+def _only(modules: Set) -> Optional[nn.Module]:
+    """The only one of a set, or None."""
+    return next(iter(modules)) if len(modules) == 1 else None
