@@ -21,14 +21,13 @@ from .steps.grouping import check_channels, fitting_group_size, grouped, ungroup
 from .steps.mix import mix
 from .steps.moments import (
     BatchMoments,
-    InstanceMoments,
     batch_moments,
     instance_moments,
     instance_variance,
     statistics_dtype,
 )
 from .steps.reweighting import InstanceReweighting, instance_scale
-from .steps.running import track
+from .steps.running import read, track
 from .steps.whitening import newton_whitening
 
 FREEZE_MODES = ('none', 'adaptive', 'all')
@@ -63,6 +62,9 @@ class CE(nn.Module):
             (Table 4). The branch that is not used is left out.
         freeze: 'none'; 'adaptive' freezes lambda and the IR subnetwork; 'all' also uses the
             running statistics, whatever ``train()`` is called with.
+        identity_start: compute x + t (CE(x) - x) with one more learned scalar t, `strength`, that
+            starts at 0. A trained network then computes what it did when CE is put into it. Not
+            in the paper.
         device, dtype: of the parameters and buffers.
 
     Shape:
@@ -90,6 +92,7 @@ class CE(nn.Module):
                  reduction: int = 4,
                  bd_ratio: Optional[float] = None,
                  freeze: str = 'none',
+                 identity_start: bool = False,
                  device: Union[torch.device, str, None] = None,
                  dtype: Optional[torch.dtype] = None) -> None:
         super().__init__()
@@ -111,6 +114,7 @@ class CE(nn.Module):
         self.reduction = reduction
         self.bd_ratio = bd_ratio
         self.freeze = freeze
+        self.identity_start = identity_start
 
         factory = dict(device=device, dtype=dtype)
         if self.has_bd:
@@ -125,6 +129,8 @@ class CE(nn.Module):
             self.reweighting = InstanceReweighting(in_channels, reduction, **factory)
         if bd_ratio is None:
             self.lambda_logit = nn.Parameter(torch.empty(1, **factory))
+        if identity_start:
+            self.strength = nn.Parameter(torch.empty(1, **factory))
         # 0 says that the statistics were neither trained nor loaded.
         self.register_buffer('num_batches_tracked',
                              torch.tensor(0, dtype=torch.long, device=device))
@@ -164,15 +170,17 @@ class CE(nn.Module):
             self.reweighting.reset_parameters()
         if self.bd_ratio is None:
             nn.init.zeros_(self.lambda_logit)
+        if self.identity_start:
+            nn.init.zeros_(self.strength)
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self, x, self.in_channels)
         with torch.autocast(x.device.type, enabled=False):
             maps = grouped(x, self.num_groups)  # (N, G, d, L)
             if self.takes_statistics_from(x):
-                samples = instance_moments(maps, self.has_bd, self.has_ir)
-                variance, batch = samples.variance, self.pool(samples)
-                whitening, scale = self.batch_statistics(batch, variance)
+                samples = batch_moments(maps) if self.has_bd else instance_moments(maps)
+                variance, batch = samples.variance, self.over_ranks(samples)
+                whitening, scale = self.batch_statistics(batch)
                 self.track(batch, whitening, scale)
             else:
                 variance = instance_variance(maps) if self.has_ir else None
@@ -180,33 +188,34 @@ class CE(nn.Module):
             if self.has_bd:
                 out = apply_operator(self.operator(variance, whitening, scale), maps)
             else:
-                out = apply_weights(self.weights(variance, scale), maps)
+                weights = self.weights(variance, scale)
+                out = apply_weights(self._from_identity(weights, torch.ones_like(weights)), maps)
             return ungrouped(out, like=x)
 
     def takes_statistics_from(self, x: Tensor) -> bool:
         """Whether W and s are those of this batch; an empty one has none."""
         return self.uses_batch_statistics and x.numel() > 0
 
-    def pool(self, samples: InstanceMoments) -> BatchMoments:
-        """Step 2: moments of the batch, of this process alone."""
-        return batch_moments(samples)
+    def over_ranks(self, batch: BatchMoments) -> BatchMoments:
+        """Step 2: moments of the whole batch, which this process has."""
+        return batch
 
-    def batch_statistics(self, batch: BatchMoments, variance: Optional[Tensor]) -> Statistics:
-        """Step 3: W and s of the batch; v_n of this process's samples is (N, G, d)."""
+    def batch_statistics(self, batch: BatchMoments) -> Statistics:
+        """Step 3: W and s of the batch."""
         whitening = scale = None
         if self.has_bd:
             whitening = newton_whitening(batch.covariance, self.identity, self.eps, self.num_iters)
         if self.has_ir:
-            scale = self._scale(batch, variance)
+            scale = self._scale(batch)
         return whitening, scale
 
-    def _scale(self, batch: BatchMoments, variance: Tensor) -> Tensor:
+    def _scale(self, batch: BatchMoments) -> Tensor:
         """s of the batch, or the running one where no sample has a variance."""
         if isinstance(batch.samples, Tensor):  # over the ranks
-            return torch.where(batch.samples > 0, instance_scale(batch.variance, self.eps),
-                               _copy(self.running_scale, variance.dtype).squeeze(0))
-        return (instance_scale(variance, self.eps) if batch.samples
-                else _copy(self.running_scale, variance.dtype).squeeze(0))
+            running = read(self.running_scale, batch.variance.dtype).squeeze(0)
+            return torch.where(batch.samples > 0, instance_scale(batch.variance, self.eps), running)
+        return (instance_scale(batch.variance, self.eps) if batch.samples
+                else read(self.running_scale, batch.variance.dtype).squeeze(0))
 
     def track(self, batch: BatchMoments, whitening: Optional[Tensor],
               scale: Optional[Tensor]) -> Tensor:
@@ -226,20 +235,28 @@ class CE(nn.Module):
     def running_statistics(self, maps: Tensor) -> Statistics:
         """The tracked W and s."""
         dtype = statistics_dtype(maps.dtype)
-        return (_copy(self.running_whitening, dtype) if self.has_bd else None,
-                _copy(self.running_scale, dtype) if self.has_ir else None)
+        return (read(self.running_whitening, dtype) if self.has_bd else None,
+                read(self.running_scale, dtype) if self.has_ir else None)
 
     def operator(self, variance: Optional[Tensor], whitening: Tensor,
                  scale: Optional[Tensor]) -> Tensor:
-        """Step 3: lambda W + (1 - lambda) diag(w_n), (N, G, d, d); W alone without IR."""
-        if not self.has_ir:
-            return whitening
-        weights = self.weights(variance, scale)
-        return mix(self.ratio(weights.dtype), whitening, weights, self.identity)
+        """Step 3: lambda W + (1 - lambda) diag(w_n), (N, G, d, d); without IR W, (G, d, d)."""
+        operator = whitening
+        if self.has_ir:
+            weights = self.weights(variance, scale)
+            operator = mix(self.ratio(weights.dtype), whitening, weights, self.identity)
+        return self._from_identity(operator, self.identity)
 
     def weights(self, variance: Tensor, scale: Tensor) -> Tensor:
         """w_n = F(v_n) / s of eq. 8, (N, G, d)."""
         return self.reweighting(variance.flatten(1)).view(variance.shape) / scale
+
+    def _from_identity(self, operator: Tensor, identity: Tensor) -> Tensor:
+        """I + t (operator - I) with `identity_start`."""
+        if not self.identity_start:
+            return operator
+        strength = self.strength.to(operator.dtype)
+        return torch.lerp(identity.to(operator.dtype), operator, strength)
 
     def ratio(self, dtype: torch.dtype = torch.float32) -> Union[Tensor, float]:
         """lambda, the weight of BD against IR, in [0, 1]; a scalar tensor where it is learned."""
@@ -249,18 +266,16 @@ class CE(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         rename_released_keys(state_dict, prefix)
+        if self.identity_start and f'{prefix}num_batches_tracked' in state_dict:
+            # a layer without identity_start, which is at full strength
+            state_dict.setdefault(f'{prefix}strength', torch.ones(1))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def arguments(self) -> Dict:
         """What `__init__` was given, with the group size in use."""
         names = ('in_channels', 'group_size', 'num_iters', 'eps', 'momentum', 'reduction',
-                 'bd_ratio', 'freeze')
+                 'bd_ratio', 'freeze', 'identity_start')
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         return ', '.join(f'{name}={value!r}' for name, value in self.arguments().items())
-
-
-def _copy(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    # Another forward in training may update the buffer before this one's backward pass.
-    return buffer.to(dtype, copy=True)

@@ -12,7 +12,7 @@ for the backward pass anyway, is all that is kept. SyncBN and SyncCE need the sa
 cross between the ranks in one collective. beta is no part of Sigma_x, so inhibited channels, where
 beta is far larger than gamma, lose no digits.
 """
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,14 @@ from .steps.apply import apply_behind
 from .steps.grouping import check_channels, grouped, ungrouped
 from .steps.moments import (
     BatchMoments,
-    instance_moments,
+    batch_moments,
     instance_variance,
     safe_count,
     statistics_dtype,
 )
-from .steps.running import track
+from .steps.running import read, track
+
+SMALL = 1 << 18  # elements of a feature map
 
 
 def batch_norm_ce(norm: nn.Module, ce: nn.Module, z: Tensor) -> Tensor:
@@ -43,11 +45,14 @@ def fused_batch_norm_ce(norm: _BatchNorm, ce: CE, z: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         maps = grouped(z, ce.num_groups)  # (N, G, d, L)
         if ce.takes_statistics_from(z):
-            samples = instance_moments(maps, ce.has_bd, ce.has_ir)
-            batch = ce.pool(samples)
+            samples = batch_moments(maps)
+            batch = ce.over_ranks(samples)
             affine = batch_affine(norm, batch) if uses_batch(norm) else running_affine(norm, maps)
-            variance, batch_x = affine.variance(samples.variance), affine.moments(batch)
-            whitening, scale = ce.batch_statistics(batch_x, variance)
+            batch_x = affine.moments(batch)
+            # on one process, the variances of the batch are the samples' own
+            variance = (batch_x.variance if batch is samples
+                        else affine.variance(samples.variance))
+            whitening, scale = ce.batch_statistics(batch_x)
             finite = ce.track(batch_x, whitening, scale)
             track_batch_norm(norm, batch, finite)
         else:
@@ -70,11 +75,11 @@ class Affine(NamedTuple):
         mean = self.shift if self.mean is z.mean else self.scale * (z.mean - self.mean) + self.shift
         products = self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
         return z._replace(mean=mean, covariance=products * z.covariance,
-                          variance=self.variance(z.variance))
+                          variance=products.diagonal(dim1=-2, dim2=-1) * z.variance)
 
-    def variance(self, z: Optional[Tensor]) -> Optional[Tensor]:
+    def variance(self, z: Tensor) -> Tensor:
         """v_n of x from that of z, (..., G, d)."""
-        return None if z is None else self.scale.square() * z
+        return self.scale.square() * z
 
 
 def batch_affine(norm: _BatchNorm, batch: BatchMoments) -> Affine:
@@ -84,8 +89,7 @@ def batch_affine(norm: _BatchNorm, batch: BatchMoments) -> Affine:
 
 def running_affine(norm: _BatchNorm, maps: Tensor) -> Affine:
     """The map that the norm is in evaluation."""
-    # Copies: another forward in training may update the buffers before the backward pass.
-    mean, variance = (buffer.to(statistics_dtype(maps.dtype), copy=True).view(maps.shape[1:3])
+    mean, variance = (read(buffer, statistics_dtype(maps.dtype)).view(maps.shape[1:3])
                       for buffer in (norm.running_mean, norm.running_var))
     return _affine(norm, mean, variance)
 
@@ -123,6 +127,8 @@ def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:
             and type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
             and (ce.uses_batch_statistics or not uses_batch(norm))
             and _ranks(norm) == _ranks(ce)
+            # without gradients, one more pass over a small map is cheaper than more operations
+            and (ce.uses_batch_statistics or torch.is_grad_enabled() or z.numel() > SMALL)
             # one value per channel: the norm refuses
             and (_ranks(norm) is not None or z.numel() > norm.num_features)
             and _only_computes(norm) and _only_computes(ce))

@@ -18,8 +18,8 @@ from torch.autograd import Function
 from .arguments import check_eps_and_momentum, check_integers
 from .steps.apply import apply_centred
 from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped
-from .steps.moments import batch_moments, instance_moments, statistics_dtype
-from .steps.running import track
+from .steps.moments import batch_moments, statistics_dtype
+from .steps.running import read, track
 from .steps.whitening import newton_whitening, trace
 
 
@@ -94,7 +94,7 @@ class _WhiteningNorm(nn.Module):
 
     def _batch_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """Mean (G, d) and W (G, d, d) of this batch, which are tracked."""
-        batch = batch_moments(instance_moments(x, has_bd=True, has_ir=False))
+        batch = batch_moments(x)
         whitening = self.whitening_matrix(batch.covariance)
         track([(self.running_mean, batch.mean), (self.running_whitening, whitening)],
               self.momentum, self.num_batches_tracked,
@@ -102,11 +102,9 @@ class _WhiteningNorm(nn.Module):
         return batch.mean, whitening
 
     def _running_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        # Copies: the backward pass needs these values, and a training step of
-        # the same layer may update the buffers in place before it comes.
         dtype = statistics_dtype(x.dtype)
         mean = self.running_mean.view(self.num_groups, self.group_size)
-        return mean.to(dtype, copy=True), self.running_whitening.to(dtype, copy=True)
+        return read(mean, dtype), read(self.running_whitening, dtype)
 
     def _normalize(self, x: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
         """A x + b with A = diag(gamma) W and b = beta - A mean, for x (N, G, d, L)."""

@@ -53,5 +53,7 @@ def reference_ce(ce: CE, xs: Sequence[Tensor]) -> Tuple[List[Tensor], Dict[str, 
             # Eq. 8: w_n = F(v_n) / s
             weights = ce.reweighting(variance.flatten(1)).view(variance.shape) / statistics['scale']
             out = out + (1 - ce.ratio(x.dtype)) * weights.unsqueeze(-1) * m
+        if ce.identity_start:  # not in the paper
+            out = m + ce.strength * (out - m)
         outputs.append(out.view(x.shape))
     return outputs, statistics

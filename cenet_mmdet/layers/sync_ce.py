@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .ce import CE
 from .steps.all_reduce import all_reduce
-from .steps.moments import BatchMoments, InstanceMoments
+from .steps.moments import BatchMoments
 
 
 class SyncCE(CE):
@@ -47,10 +47,9 @@ class SyncCE(CE):
         return (self.uses_batch_statistics if self.synchronizes
                 else super().takes_statistics_from(x))
 
-    def pool(self, samples: InstanceMoments) -> BatchMoments:
+    def over_ranks(self, batch: BatchMoments) -> BatchMoments:
         """Step 2: moments of the batches of all ranks."""
-        return (all_reduce(samples, self.process_group) if self.synchronizes
-                else super().pool(samples))
+        return all_reduce(batch, self.process_group) if self.synchronizes else batch
 
 
 def _convert(module: nn.Module, old: type, new: type, **options: Any) -> nn.Module:

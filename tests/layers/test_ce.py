@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cenet_mmdet import CE
-from cenet_mmdet.layers.steps.moments import batch_moments, instance_moments, instance_variance
+from cenet_mmdet.layers.fused import batch_norm_ce
+from cenet_mmdet.layers.reference import reference_ce
+from cenet_mmdet.layers.steps.moments import batch_moments, instance_variance
 from cenet_mmdet.layers.steps.whitening import newton_whitening
 
 BRANCHES = {'both': None, 'fixed': 0.3, 'BD alone': 1.0, 'IR alone': 0.0}
@@ -26,7 +28,7 @@ def double(*args, **kwargs):
 
 def batch_covariance(grouped):
     """Covariance (G, d, d) of a grouped feature map (N, G, d, L)."""
-    return batch_moments(instance_moments(grouped, True, False)).covariance
+    return batch_moments(grouped).covariance
 
 
 def snapshot(ce):
@@ -59,16 +61,40 @@ class TestGradients:
     def test_moments_match_plain_autograd(self):
         """The custom backward equals what autograd makes of the definition."""
         x = random_input(2, 3, 4, 7).requires_grad_()
-        ours = instance_moments(x, True, False)
-        mean = x.mean(-1)
-        centred = x - mean.unsqueeze(-1)
-        scatter = centred @ centred.mT
-        weights = random_input(*scatter.shape, seed=1), random_input(*mean.shape, seed=2)
-        got, = torch.autograd.grad(
-            (ours.scatter * weights[0]).sum() + (ours.mean * weights[1]).sum(), x)
-        expected, = torch.autograd.grad(
-            (scatter * weights[0]).sum() + (mean * weights[1]).sum(), x)
-        torch.testing.assert_close(got, expected)
+        ours = batch_moments(x)
+        pixels = x.permute(1, 2, 0, 3).flatten(2)
+        mean = pixels.mean(-1)
+        centred = pixels - mean.unsqueeze(-1)
+        expected = mean, centred @ centred.mT / 14, x.var(-1)
+        got = ours.mean, ours.covariance, ours.variance
+        weights = [random_input(*moment.shape, seed=1) for moment in got]
+
+        def gradient(moments):
+            total = sum((weight * moment).sum() for weight, moment in zip(weights, moments))
+            return torch.autograd.grad(total, x)[0]
+
+        torch.testing.assert_close(gradient(got), gradient(expected))
+
+    @pytest.mark.parametrize('num_iters', [1, 2, 3, 5])
+    def test_newtons_derivative_is_autograds(self, num_iters):
+        a = random_input(3, 4, 7)
+        covariance = (a @ a.mT).requires_grad_()
+        weights = random_input(3, 4, 4, seed=1)
+
+        def plain(covariance):
+            sigma = covariance + 0.1 * torch.eye(4)
+            s = sigma / sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+            p = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
+            for _ in range(num_iters):
+                p = 1.5 * p - 0.5 * p @ p @ p @ s
+            return p
+
+        ours = newton_whitening(covariance, torch.eye(4), 0.1, num_iters)
+        got, = torch.autograd.grad((ours * weights).sum(), covariance)
+        expected, = torch.autograd.grad((plain(covariance) * weights).sum(), covariance)
+        torch.testing.assert_close(ours, plain(covariance))
+        # of a symmetric matrix, the symmetric part is what counts
+        torch.testing.assert_close(got + got.mT, expected + expected.mT)
 
     def test_nothing_of_the_size_of_the_map_is_kept_but_the_input(self):
         """Graph of a training step: no saved tensor has the input's size but the input."""
@@ -243,6 +269,47 @@ class TestDegenerateInput:
         assert all(value.isfinite().all() for value in ce.state_dict().values())
 
 
+class TestIdentityStart:
+
+    @pytest.mark.parametrize('bd_ratio', BRANCHES.values(), ids=BRANCHES)
+    @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+    def test_computes_its_input_at_first(self, bd_ratio, training):
+        ce = double(8, group_size=4, bd_ratio=bd_ratio, identity_start=True)
+        ce(random_input(2, 8, 4, 4, seed=1))
+        x = random_input(2, 8, 4, 4)
+        torch.testing.assert_close(ce.train(training)(x), x)
+        norm = nn.BatchNorm2d(8, dtype=torch.float64).train(training)
+        torch.testing.assert_close(batch_norm_ce(norm, ce, x), copy.deepcopy(norm)(x))
+
+    @pytest.mark.parametrize('bd_ratio', BRANCHES.values(), ids=BRANCHES)
+    def test_is_between_input_and_ce(self, bd_ratio):
+        ours = double(8, bd_ratio=bd_ratio, identity_start=True)
+        plain = double(8, bd_ratio=bd_ratio)
+        nn.init.constant_(ours.strength, 0.3)
+        x = random_input(2, 8, 4, 4)
+        torch.testing.assert_close(ours(x), x + 0.3 * (plain(x) - x))
+        torch.testing.assert_close(reference_ce(ours, [x])[0][0], x + 0.3 * (plain(x) - x))
+
+    def test_everything_learns_from_the_second_step_on(self):
+        ce = double(8, identity_start=True)
+        optimizer = torch.optim.SGD(ce.parameters(), 0.1)
+        for learning in ({'strength'}, set(dict(ce.named_parameters()))):
+            optimizer.zero_grad()
+            error = ce(random_input(2, 8, 4, 4)) - random_input(2, 8, 4, 4, seed=1)
+            error.square().sum().backward()
+            assert {name for name, p in ce.named_parameters() if p.grad.any()} == learning
+            optimizer.step()
+
+    def test_weights_of_a_plain_layer_are_at_full_strength(self):
+        plain, ours = double(8), double(8, identity_start=True)
+        x = random_input(2, 8, 4, 4)
+        plain(x)
+        ours.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+        assert 'strength' not in plain.state_dict()
+        assert not double(8, identity_start=True, freeze='adaptive').strength.requires_grad
+
+
 class TestModes:
 
     @pytest.mark.parametrize(('freeze', 'learns', 'tracks'), [
@@ -288,7 +355,8 @@ class TestModes:
         """Whitening matrices are averaged, not covariances."""
         ce = double(8, momentum=0.25)
         x = random_input(2, 8, 4, 4)
-        whitening = newton_whitening(batch_covariance(x.reshape(2, 1, 8, 16)), torch.eye(8), 1e-5, 3)
+        covariance = batch_covariance(x.reshape(2, 1, 8, 16))
+        whitening = newton_whitening(covariance, torch.eye(8), 1e-5, 3)
         ce(x)
         expected = 0.75 * torch.eye(8, dtype=torch.float64) + 0.25 * whitening[0]
         torch.testing.assert_close(ce.running_whitening[0], expected)

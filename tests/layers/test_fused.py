@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from cenet_mmdet import CE, CEResNet, insert_ce
 from cenet_mmdet.layers import fused
 from cenet_mmdet.layers.fused import batch_affine, batch_norm_ce, can_fuse
-from cenet_mmdet.layers.steps.moments import batch_moments, instance_moments
+from cenet_mmdet.layers.steps.moments import batch_moments
 
 NORMS = {'plain': {}, 'cumulative': dict(momentum=None), 'no affine': dict(affine=False),
          'untracked': dict(track_running_stats=False), 'momentum 0.3': dict(momentum=0.3)}
@@ -115,7 +115,7 @@ def test_inhibited_channels_keep_their_digits():
 
 
 def moments_of(x):
-    return batch_moments(instance_moments(x.flatten(2).unsqueeze(1), True, False))
+    return batch_moments(x.flatten(2).unsqueeze(1))
 
 
 def test_one_map_is_kept_for_the_backward_pass():

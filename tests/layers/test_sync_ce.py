@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cenet_mmdet import CE, CEResNet, SyncCE
 from cenet_mmdet.layers.fused import batch_norm_ce, can_fuse
 from cenet_mmdet.layers.steps.all_reduce import all_reduce
-from cenet_mmdet.layers.steps.moments import instance_moments
+from cenet_mmdet.layers.steps.moments import batch_moments
 from cenet_mmdet.models.insert import NormCE
 
 CHANNELS = 12
@@ -264,7 +264,7 @@ def covariance_errors(rank, split):
         parts = [(torch.randn(2, 1, 8, 400 + 100 * r, dtype=torch.float64) * std + mean).float()
                  for r in range(len(split))]
         mine = parts[rank]
-        ours = all_reduce(instance_moments(mine, True, False)).covariance
+        ours = all_reduce(batch_moments(mine)).covariance
         pixels = torch.cat([p.double().transpose(0, 2).flatten(1) for p in parts], 1)
         error = ours[0] - torch.cov(pixels, correction=0)
         errors.append((error / (std * std.T)).abs().max())

@@ -11,23 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .moments import BatchMoments, InstanceMoments, batch_moments, safe_count
+from .moments import BatchMoments, safe_count
 
 
-def all_reduce(samples: InstanceMoments, group=None) -> BatchMoments:
+def all_reduce(batch: BatchMoments, group=None) -> BatchMoments:
     """The moments of all ranks' batches together; a rank may be empty.
 
     Args:
-        samples: moments of this rank's samples.
+        batch: moments of this rank's batch.
         group: process group, None for the default one.
 
     Returns:
         The same on every rank, to the bit. Where all ranks are empty, the counts are 0 and the
         moments finite.
     """
-    batch = batch_moments(samples)
-    total = _AllReduceSum.apply(_pack(batch, samples), group)
-    return _unpack(total, batch, samples)
+    return _unpack(_AllReduceSum.apply(_pack(batch), group), like=batch)
 
 
 class _AllReduceSum(Function):
@@ -45,35 +43,32 @@ class _AllReduceSum(Function):
         return _AllReduceSum.apply(grad.contiguous(), ctx.group), None
 
 
-def _pack(batch: BatchMoments, samples: InstanceMoments) -> Tensor:
+def _pack(batch: BatchMoments) -> Tensor:
     """Sums that may be added up: (numbers, ) float64."""
-    mean, covariance, variance = batch.mean, batch.covariance, samples.variance
-    like = variance if mean is None else mean
-    parts = [like.new_tensor([batch.pixels, batch.samples], dtype=torch.float64)]
-    if mean is not None:
-        second = covariance.double() + _outer(mean.double())
-        parts += [batch.pixels * mean.double().flatten(),
-                  batch.pixels * second[_upper_triangle(second)]]
-    if variance is not None:
-        parts += [variance.double().sum(0).flatten()]
+    counts = batch.variance.new_tensor([batch.pixels, batch.samples], dtype=torch.float64)
+    parts = [counts, batch.variance.double().sum(0).flatten()]
+    if batch.mean is not None:
+        mean = batch.mean.double()
+        second = batch.covariance.double() + _outer(mean)
+        parts += [batch.pixels * mean.flatten(), batch.pixels * second[_upper_triangle(second)]]
     return torch.cat(parts)
 
 
-def _unpack(total: Tensor, batch: BatchMoments, samples: InstanceMoments) -> BatchMoments:
-    pixels, with_variance = total[0], total[1]
-    mean, covariance, variance = batch.mean, batch.covariance, samples.variance
-    if mean is not None:
-        channels = mean.numel()
-        upper = _upper_triangle(covariance)
-        exact = total[2:2 + channels].view_as(mean) / safe_count(pixels)
-        triangle = torch.zeros_like(covariance, dtype=torch.float64).index_put(
-            upper, total[2 + channels:2 + channels + upper[0].numel()] / safe_count(pixels))
-        covariance = (triangle + triangle.triu(1).mT - _outer(exact)).to(covariance.dtype)
-        mean = exact.to(mean.dtype)
-    if variance is not None:
-        shape = variance.shape[1:]
-        variance = (total[-shape.numel():].view(shape) / safe_count(with_variance)).to(variance.dtype)
-    return BatchMoments(pixels, with_variance, mean, covariance, variance)
+def _unpack(total: Tensor, like: BatchMoments) -> BatchMoments:
+    pixels, samples = total[0], total[1]
+    shape, dtype = like.variance.shape[1:], like.variance.dtype
+    channels = shape.numel()
+    _, variance, mean, second = total.split(
+        [2, channels, *([channels, len(total) - 2 - 2 * channels] if like.mean is not None
+                        else [0, 0])])
+    variance = (variance / safe_count(samples)).view(shape).to(dtype)
+    if like.mean is None:
+        return BatchMoments(pixels, samples, None, None, variance)
+    mean, second = (mean / safe_count(pixels)).view(shape), second / safe_count(pixels)
+    triangle = torch.zeros_like(like.covariance, dtype=torch.float64).index_put(
+        _upper_triangle(like.covariance), second)
+    covariance = triangle + triangle.triu(1).mT - _outer(mean)
+    return BatchMoments(pixels, samples, mean.to(dtype), covariance.to(dtype), variance)
 
 
 def _outer(mean: Tensor) -> Tensor:

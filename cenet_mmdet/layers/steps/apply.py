@@ -49,7 +49,7 @@ def apply_behind(operator: Tensor, scale: Tensor, mean: Tensor, shift: Tensor,
     matrix = operator * scale.unsqueeze(-2)
     if x.dtype in HALF:
         return apply_centred(matrix, mean, (operator @ shift.unsqueeze(-1)).squeeze(-1), x)
-    offset = torch.addcmul(shift, scale, mean, value=-1)
+    offset = shift - scale * mean
     return _affine(matrix, (operator @ offset.unsqueeze(-1)).squeeze(-1), x)
 
 

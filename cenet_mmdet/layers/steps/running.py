@@ -5,6 +5,13 @@ import torch
 from torch import Tensor
 
 
+def read(running: Tensor, dtype: torch.dtype) -> Tensor:
+    """A running average in the type of the statistics."""
+    # A copy where gradients are recorded: another forward in training may update the buffer
+    # before the backward pass.
+    return running.to(dtype, copy=torch.is_grad_enabled())
+
+
 @torch.no_grad()
 def track(averages: Sequence[Tuple[Tensor, Tensor]], momentum: float, counter: Tensor,
           finite: Tensor) -> None:
