@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import CE
-from ..layers.steps.moments import instance_moments, safe_count
+from ..layers.steps.moments import centred_scatter, safe_count
 from ..utils.compat import is_exporting
 
 # The products that make M_n and v_n do not depend on the number of pixels; below this many
@@ -34,10 +34,13 @@ PIXELS_PER_CHANNEL = 1.3
 def operator_parts(ce: CE) -> Tuple[Tensor, float]:
     """A (G, d, d), in float64, and a, where CE in evaluation is p_n = [A + a diag(w_n)] x_n."""
     ratio = float(ce.ratio(torch.float64))
-    if not ce.has_bd:
-        shape = (ce.num_groups, ce.group_size, ce.group_size)
-        return ce.running_scale.new_zeros(shape, dtype=torch.float64), 1 - ratio
-    return ratio * ce.running_whitening.double(), 1 - ratio
+    strength = float(ce.strength) if ce.identity_start else 1.
+    device = ce.num_batches_tracked.device
+    identity = torch.eye(ce.group_size, dtype=torch.float64, device=device)
+    matrix = ((1 - strength) * identity).repeat(ce.num_groups, 1, 1)
+    if ce.has_bd:
+        matrix += strength * ratio * ce.running_whitening.double()
+    return matrix, strength * (1 - ratio)
 
 
 @torch.no_grad()
@@ -103,10 +106,10 @@ class CEConv2d(nn.Module):
 
     def _without_x(self, u: Tensor) -> Tensor:
         maps = u.flatten(2)  # (N, C_in, L)
-        per_sample = instance_moments(maps.unsqueeze(1), has_bd=True, has_ir=False)
-        dtype = per_sample.mean.dtype
+        mean, scatter = centred_scatter(maps)
+        dtype = mean.dtype
         weight, bias = self.conv.weight.flatten(1).to(dtype), self.conv.bias.to(dtype)  # W2, b2
-        covariance = per_sample.scatter[:, 0] / safe_count(per_sample.pixels - 1)  # S_n
+        covariance = scatter / safe_count(maps.shape[-1] - 1)  # S_n
         # v_n = diag(W2 S_n W2^T), (N, C); rounding may leave it below 0
         variance = ((weight @ covariance) * weight).sum(-1).clamp(min=0)
         weights = self.ce.reweighting(variance) / self.ce.running_scale.to(dtype)  # w_n, eq. 8

@@ -1,4 +1,6 @@
 """The channels of a network while it trains: a hook for MMEngine's runner."""
+import math
+from contextlib import ExitStack
 from typing import Dict
 
 import torch
@@ -6,12 +8,16 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import Tensor
+from torch import nn
 
-from ..analysis.channels import INHIBITED, share_below
+from ..analysis.channels import INHIBITED, check_threshold, share_below
 from ..analysis.collector import Collector, feature_map
-from ..analysis.modules import ce_layers, select
-from ..analysis.rectifiers import rectifiers
+from ..analysis.correlation import mean_correlation
+from ..analysis.learned_operators import lambdas
+from ..analysis.modules import rectifiers, select, stage
+from ..analysis.nonfinite import FirstNonFinite, is_finite
+from ..analysis.running_moments import pixels
+from ..utils.errors import InputError
 
 POSITIONS = 2048  # of a batch, enough for a correlation to within 0.02
 
@@ -21,36 +27,34 @@ class ChannelHealthHook(Hook):
     """Logs inhibited channels, their correlation and lambda of each stage of the backbone.
 
     In every `interval`-th iteration, on the main process, from the batch in training:
-    `inhibited/layer3`, the share of channels whose mean absolute activation behind the
-    rectifiers is below the threshold (section 2 of the paper); `correlation/layer3`, the mean
-    absolute correlation between the channels behind a rectifier; `lambda/layer3`, of its CE
-    layers. They go where the run's losses go: the JSON log, TensorBoard.
+    `inhibited/layer3`, the share of channels whose mean |activation| behind the rectifiers is
+    below the threshold (section 2); `correlation/layer3`, the mean |correlation| between the
+    channels behind a rectifier; `lambda/layer3`, of the CE layers. In a network without stages,
+    such as a VGG, they go by layer: `inhibited/features.3`. They are logged with the losses.
 
         custom_hooks = [dict(type='ChannelHealthHook', interval=200)]
 
-    Networks without CE have no lambda. Nothing in training changes: rectifiers are watched,
-    norms and CE are not.
+    If a rectifier's output or the loss is not finite in such an iteration, one warning names the
+    first module of the model whose output is not finite. Nothing in training changes: norms and
+    CE get no hooks, which would keep them from being computed in one.
 
     Args:
         interval: iterations from one measurement to the next.
         threshold: channels of a smaller magnitude are inhibited.
-        alarm: warns once of a layer whose share of inhibited channels exceeds it.
+        alarm: warn once about each layer whose share of inhibited channels exceeds it.
 
     Raises:
-        ValueError: for arguments out of their range; before training, if the backbone has no
-            rectifier modules.
+        InputError: an argument is out of its range; before training, the backbone has no rectifier.
     """
 
     def __init__(self, interval: int = 200, threshold: float = INHIBITED,
                  alarm: float = 0.5) -> None:
         if interval < 1:
-            raise ValueError(f'interval must be at least 1, got {interval!r}')
-        if not threshold > 0:
-            raise ValueError(f'threshold must be positive, got {threshold!r}')
+            raise InputError(f'interval must be at least 1, got {interval!r}')
         if not 0 <= alarm <= 1:
-            raise ValueError(f'alarm must be a share, in [0, 1], got {alarm!r}')
+            raise InputError(f'alarm must be a share, in [0, 1], got {alarm!r}')
         self.interval = interval
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
         self.alarm = alarm
         self._warned = set()
         self._watching = None
@@ -60,24 +64,30 @@ class ChannelHealthHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if self.every_n_train_iters(runner, self.interval) and is_main_process():
-            self._watching = _Rectified(_backbone(runner)).__enter__()
+            self._watching = ExitStack()
+            backbone = _backbone(runner)
+            self._rectified = self._watching.enter_context(
+                Collector(backbone, rectifiers(backbone), lambda rectifier: _Rectified()))
+            self._non_finite = self._watching.enter_context(FirstNonFinite(_model(runner)))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if self._watching is None:
             return
-        self._watching.__exit__()
-        layers, self._watching = self._watching.result(), None
+        self._watching.close()
+        self._watching = None
+        layers = self._rectified.statistics()
+        if not is_finite([outputs, [layer.magnitude for layer in layers.values()]]):
+            self._warn_not_finite(runner)
+            return
         shares = {name: share_below(layer.magnitude, self.threshold)
                   for name, layer in layers.items()}
-        self._warn(runner, shares)
-        scalars = _by_stage('correlation', {n: x.correlation for n, x in layers.items()})
-        scalars.update(_by_stage('inhibited', shares))
-        scalars.update(_by_stage('lambda', {
-            name: float(torch.as_tensor(ce.ratio()).detach())
-            for name, ce in ce_layers(_backbone(runner)).items()}))
+        self._warn_inhibited(runner, shares)
+        scalars = _by_stage('inhibited', shares)
+        scalars.update(_by_stage('correlation', {n: x.correlation for n, x in layers.items()}))
+        scalars.update(_by_stage('lambda', lambdas(_backbone(runner))))
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
-    def _warn(self, runner, shares: Dict[str, float]) -> None:
+    def _warn_inhibited(self, runner, shares: Dict[str, float]) -> None:
         for name, share in shares.items():
             if share > self.alarm and name not in self._warned:
                 self._warned.add(name)
@@ -85,52 +95,44 @@ class ChannelHealthHook(Hook):
                     f'{100 * share:.0f} % of the channels behind {name} are inhibited: their mean '
                     f'absolute activation is below {self.threshold:g}')
 
+    def _warn_not_finite(self, runner) -> None:
+        if FirstNonFinite in self._warned:
+            return
+        self._warned.add(FirstNonFinite)
+        found = self._non_finite
+        where = 'the loss; the outputs of all modules are finite, so check the targets'
+        if found.name:
+            advice = ('its input is finite, so check its weights' if found.input_is_finite else
+                      'its input has them too, so check the images and what comes before it')
+            where = f'{found.name} is the first module with inf or NaN in its output, and {advice}'
+        runner.logger.warning(f'values are not finite in iteration {runner.iter + 1}: {where}')
 
-class _Rectified(Collector):
-    """Magnitude and correlation of the channels behind each rectifier, of one batch."""
 
-    def __init__(self, model) -> None:
-        super().__init__(model, rectifiers(model))
-
-    def _new(self, name: str) -> '_Layer':
-        return _Layer()
-
-    def result(self) -> Dict[str, '_Layer']:
-        return self._by_label()
-
-
-class _Layer:
+class _Rectified:
+    """Magnitude and correlation of the channels behind a rectifier, of one batch."""
 
     def add(self, inputs, output) -> None:
-        x = feature_map(output).flatten(2)  # (N, C, L)
-        self.magnitude = x.abs().mean((0, 2), dtype=torch.float32)
-        rows = x.movedim(1, -1).flatten(0, 1)  # (N * L, C)
+        rows = pixels(feature_map(output))
+        self.magnitude = rows.abs().mean(0, dtype=torch.float32)
+        rounding = torch.finfo(rows.dtype).eps
         rows = rows[::max(len(rows) // POSITIONS, 1)].float()
-        self.correlation = _mean_correlation(rows)
+        covariance = torch.cov(rows.mT, correction=0).view(rows.shape[1], -1)
+        self.correlation = mean_correlation(covariance, rows.mean(0).abs(), rounding).mean
 
 
-def _mean_correlation(rows: Tensor) -> float:
-    """Mean absolute correlation of all pairs of different columns that vary; else 0."""
-    centred = rows - rows.mean(0)
-    deviation = centred.norm(dim=0)
-    centred = centred[:, deviation > 0] / deviation[deviation > 0]
-    channels = centred.shape[1]
-    if channels < 2:
-        return 0.
-    correlation = (centred.mT @ centred).abs()
-    return (correlation.sum() - correlation.trace()).item() / (channels * (channels - 1))
+def _model(runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def _backbone(runner):
-    """What is watched: the backbone, or the whole of a model without one."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return getattr(model, 'backbone', model)
+def _backbone(runner) -> nn.Module:
+    """What is measured: the backbone, or the whole of a model without one."""
+    return getattr(_model(runner), 'backbone', _model(runner))
 
 
 def _by_stage(kind: str, values: Dict[str, float]) -> Dict[str, float]:
-    """Means over the layers of each stage: {'inhibited/layer1': ...}."""
+    """Means over the layers of each stage, {'inhibited/layer1': ...}; a NaN does not count."""
     stages = {}
     for name, value in values.items():
-        stage = name.split('.')[0] if '.' in name else 'stem'
-        stages.setdefault(f'{kind}/{stage}', []).append(value)
-    return {stage: sum(found) / len(found) for stage, found in stages.items()}
+        if not math.isnan(value):
+            stages.setdefault(f'{kind}/{stage(name)}', []).append(value)
+    return {key: sum(found) / len(found) for key, found in stages.items()}
