@@ -1,349 +1,131 @@
 #!/usr/bin/env python3
-"""See the channels of trained models: silent ones, correlations, lambda, ablation.
+"""Measure the channels of trained models: inhibited ones, correlations, lambda, ablation.
 
     python tools/analyze_channels.py configs/mask_rcnn_ce_r50.py \\
         work_dirs/mask_rcnn_ce_r50/epoch_24.pth --out channels
     python tools/analyze_channels.py CE_CONFIG CE_CHECKPOINT --against BN_CONFIG BN_CHECKPOINT \\
         --ablate --out channels
 
-Runs the backbones over the validation images of the first config, and writes report.json,
-figures and report.html to OUT. --against adds a model of another config, with or without CE;
-further checkpoints of the same config are simply listed. --ablate also evaluates the models
-with growing shares of their channels zeroed, which takes an evaluation for each point.
+Runs the backbones of detectors or classifiers over the first validation images of the first
+config, and writes report.json, figures and report.html to the folder OUT.
 """
 import argparse
-import copy
-import json
-import os
-import re
-import sys
 import tempfile
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
+from cenet_mmdet.utils.errors import InputError, exit_on_input_error
 
-FRACTIONS = (0., 0.1, 0.2, 0.3, 0.5, 0.7)
+FRACTIONS = [i / 10 for i in range(10)]  # of zeroed channels
 MAPS = 4  # images with a map of feature magnitudes
-METRICS = 'coco/segm_mAP', 'coco/bbox_mAP', 'accuracy/top1'  # the first there is, is drawn
-COLUMNS = 'inhibited', 'small |gamma|', 'mean |correlation|', 'lambda'
-# Figures by the names of their functions: title, and what they show.
-SECTIONS = {
-    'inhibited': ('Inhibited channels', 'Share of channels behind each rectifier whose mean '
-                  'absolute activation over images and positions is below the threshold '
-                  '(Figures 1 and 4d of the paper).'),
-    'gammas': ('Gamma', 'Left: share of channels of each norm with |gamma| below the threshold; '
-               'dotted, of the effective W gamma behind CE. Right: how much the norm of gamma '
-               'grows by batch decorrelation (Proposition 1).'),
-    'magnitudes': ('Magnitude of features', 'The l2 norm over channels at each position '
-                   '(Figure 3); one colour scale for each model.'),
-    'correlations': ('Correlation between channels', 'Mean absolute correlation of all pairs of '
-                     'channels that vary: in front of CE, behind BD and IR by themselves, and '
-                     'behind CE; without CE, behind the norms that CE follows in the other models, '
-                     'or all norms (Figure 5).'),
-    'operators': ('What CE learned', 'lambda, the range of the eigenvalues of W, and how much '
-                  "IR's weights differ between images."),
-    'ablation': ('Cumulative ablation', 'The metric as random channels of the norms are zeroed; '
-                 'line and band are mean and range of the seeds (Figures 1c and 4c).'),
-}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config')
-    parser.add_argument('checkpoints', nargs='+', metavar='checkpoint')
+    parser.add_argument('config', help='path of a config file')
+    parser.add_argument('checkpoints', nargs='+', metavar='checkpoint',
+                        help='checkpoint of the config; several are compared')
     parser.add_argument('--against', nargs=2, action='append', default=[],
-                        metavar=('CONFIG', 'CHECKPOINT'), help='one more model; may be repeated')
+                        metavar=('CONFIG', 'CHECKPOINT'),
+                        help='compare with a model of another config; may be repeated')
     parser.add_argument('--out', type=Path, required=True, help='folder to write to')
-    parser.add_argument('--images', type=int, default=100, help='at most (%(default)s)')
+    parser.add_argument('--images', type=int, default=100, metavar='N',
+                        help='measure on the first N validation images (%(default)s)')
     parser.add_argument('--threshold', type=float, default=1e-2,
-                        help='of the mean absolute activation, and of |gamma|, below which a '
-                             'channel counts as inhibited (%(default)s)')
-    parser.add_argument('--layer', default='layer3',
-                        help='of the backbone, for the maps of magnitude (%(default)s)')
-    parser.add_argument('--ablate', action='store_true', help='with ablation curves')
+                        help='channels with a smaller mean |activation| are inhibited, and a '
+                             'smaller |gamma| is small (%(default)s)')
+    parser.add_argument('--layer', help='draw the feature magnitude of this layer of the backbone, '
+                        'such as layer3 (the first CE layer; without CE, the first norm)')
+    parser.add_argument('--ablate', action='store_true',
+                        help='also evaluate the models with 0 to 90 %% of their channels zeroed, '
+                             f'{len(FRACTIONS)} times for each seed')
     parser.add_argument('--ablated-layers', default='.*', metavar='REGEX',
-                        help="names of the backbone's norms whose channels are zeroed (all)")
-    parser.add_argument('--seeds', type=int, default=3, help='of the ablation (%(default)s)')
+                        help='zero channels of the norms of the backbone with these names (all)')
+    parser.add_argument('--seeds', type=int, default=3,
+                        help='number of random choices of channels to zero (%(default)s)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
     arguments = parser.parse_args()
-    if arguments.images < 1:
-        parser.error(f'--images must be at least 1, got {arguments.images}')
+    if arguments.images < 1 or arguments.seeds < 1:
+        parser.error('--images and --seeds must be at least 1')
     return arguments
 
 
-def named_models(arguments):
-    """Config and checkpoint by the shortest names that tell them apart."""
-    given = [(arguments.config, Path(c)) for c in arguments.checkpoints]
-    given += [(config, Path(checkpoint)) for config, checkpoint in arguments.against]
-    paths = [path.with_suffix('').absolute() for _, path in given]
-    for names in ([path.name for path in paths], [path.parent.name for path in paths],
-                  ['/'.join(path.parts[-2:]) for path in paths], [str(path) for path in paths]):
-        if len(set(names)) == len(given):
-            return dict(zip(names, given))
-    sys.exit('the same checkpoint is given twice: ' + ', '.join(str(path) for _, path in given))
-
-
-def build_loader(config, images, folder):
-    """The config's validation images, the first `images` of them, and its evaluator.
-
-    COCO's metric counts every image of its annotation file, so a part of them is written
-    to a file of its own.
-    """
-    from mmengine.evaluator import Evaluator
-    from mmengine.registry import init_default_scope
-    from mmengine.runner import Runner
-
-    from cenet_mmdet.engine.preflight import missing_files
-    from cenet_mmdet.models.build import load_config
-
-    cfg = load_config(config)
-    cfg.load_from = None
-    cfg.model.backbone.init_cfg = None
-    problems = missing_files(cfg, ('val', ))
-    if problems:
-        sys.exit('\n'.join(problems))
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    loader = cfg.val_dataloader
-    loader.update(num_workers=0, persistent_workers=False)
-    dataset = loader.dataset
-    if 'ann_file' in dataset and dataset.ann_file.endswith('.json'):
-        dataset.ann_file = part_of(Path(dataset.get('data_root', '')) / dataset.ann_file, images,
-                                   folder)
-        cfg.val_evaluator.ann_file = dataset.ann_file
-    else:
-        dataset.indices = images
-    loader = Runner.build_dataloader(loader)
-    evaluator = Evaluator(cfg.val_evaluator)
-    evaluator.dataset_meta = loader.dataset.metainfo
-    return loader, evaluator
-
-
-def part_of(annotations, count, folder):
-    """The absolute path of an annotation file with the first `count` images."""
-    content = json.loads(annotations.read_text())
-    content['images'] = content['images'][:count]
-    if not content['images']:
-        sys.exit(f'{annotations} has no images: there is nothing to measure')
-    kept = {image['id'] for image in content['images']}
-    content['annotations'] = [a for a in content['annotations'] if a['image_id'] in kept]
-    path = Path(folder).absolute() / 'annotations.json'
-    path.write_text(json.dumps(content))
-    return str(path)
-
-
-def backbone_inputs(model, data, device):
-    """A batch as the backbone gets it."""
-    inputs = model.data_preprocessor(copy.deepcopy(data), False)['inputs']
-    return inputs.to(device)
-
-
-def find_pairs(models, loader, arguments):
-    """Of each model, the norms that CE follows with their CE layers, by name."""
-    from cenet_mmdet.analysis import norm_ce_pairs
-
-    data = next(iter(loader))
-    pairs = {}
-    for name, model in models.items():
-        inputs = backbone_inputs(model, data, arguments.device)[:1]
-        pairs[name] = norm_ce_pairs(model.backbone, lambda m=model, x=inputs: m.backbone(x))
-    return pairs
-
-
-def compared_norms(model, pairs):
-    """Names of a model's norms that have CE behind them in one of the others, if it has none."""
-    from cenet_mmdet import CE
-
-    if any(isinstance(module, CE) for module in model.backbone.modules()):
-        return None
-    modules = dict(model.backbone.named_modules())
-    names = {norm for found in pairs.values() for norm in found if norm in modules}
-    return [re.escape(norm) for norm in sorted(names)] or None
-
-
-def measure(model, loader, arguments, pairs, norms):
-    """All but the ablation, from one pass over the images.
-
-    Args:
-        pairs: norms and CE layers behind them, by name.
-        norms: names of norms to correlate the outputs of, None for CE layers or all norms.
-    """
-    from contextlib import ExitStack
-
-    import torch
+def measure(models, loader, arguments):
+    """The report, without the ablation; images, and the maps of their feature magnitude."""
     from rich.progress import track
 
-    from cenet_mmdet import analysis
+    from cenet_mmdet.analysis import feature_magnitude
+    from cenet_mmdet.analysis.report import Report, measure_models
 
-    backbone = model.backbone
-    collectors = dict(inhibited=analysis.ChannelMagnitudes(backbone),
-                      correlation=analysis.ChannelCorrelations(backbone, norms))
-    with_bd = [ce for ce in pairs.values() if backbone.get_submodule(ce).has_bd]
-    with_ir = [ce for ce in pairs.values() if backbone.get_submodule(ce).has_ir]
-    if with_bd:
-        collectors['proposition'] = analysis.GammaGrowth(backbone, pairs)
-    if with_ir and len(loader.dataset) > 1:
-        collectors['spread'] = analysis.ReweightingSpread(backbone)
-    with ExitStack() as stack, torch.no_grad():
-        for collector in collectors.values():
-            stack.enter_context(collector)
-        for data in track(loader, 'images'):
-            backbone(backbone_inputs(model, data, arguments.device))
-    results = {name: collector.result() for name, collector in collectors.items()}
-    inhibited = results['inhibited']._replace(threshold=arguments.threshold)
-    return dict(
-        inhibited=dict(threshold=inhibited.threshold, total=inhibited.share,
-                       layers=inhibited.shares),
-        gamma=gamma_entries(backbone, pairs, arguments.threshold),
-        proposition={name: dict(raised=growth.share, growth=growth.ratio)
-                     for name, growth in results.get('proposition', {}).items()},
-        correlation={name: {point: c.mean for point, c in points.items() if c.varying > 1}
-                     for name, points in results['correlation'].items()},
-        operators=operator_entries(backbone, results.get('spread', {})),
-        ablation=None)
+    def inputs(name, data):
+        return models[name].data_preprocessor(data, False)['inputs']
 
+    def batches(name):
+        return (inputs(name, data) for data in track(loader, name))
 
-def gamma_entries(backbone, pairs, threshold):
-    from cenet_mmdet.analysis import gammas
-
-    entries = {}
-    for name, gamma in gammas(backbone, pairs, threshold).items():
-        entries[name] = dict(share=gamma.share)
-        if gamma.effective is not None:
-            entries[name]['effective_share'] = gamma.effective_share
-    return entries
-
-
-def operator_entries(backbone, spreads):
-    """lambda, eigenvalues of W and spread of IR's weights of each CE layer."""
-    from cenet_mmdet import CE
-    from cenet_mmdet.analysis import lambdas, spectra
-
-    layers = {name: ce for name, ce in backbone.named_modules() if isinstance(ce, CE)}
-    if not layers:
-        return {}
-    entries = {name: {'lambda': ratio} for name, ratio in lambdas(backbone).items()}
-    if any(ce.has_bd for ce in layers.values()):
-        for name, spectrum in spectra(backbone).items():
-            entries[name].update(eigenvalues=spectrum.eigenvalues.flatten().tolist(),
-                                 condition=spectrum.condition.max().item())
-    for name, spread in spreads.items():
-        entries[name]['weights_spread'] = spread.mean
-    return entries
+    backbones = {name: model.backbone for name, model in models.items()}
+    data = next(iter(loader))
+    first = {name: inputs(name, data)[:MAPS] for name in models}
+    report = Report(len(loader.dataset), arguments.threshold,
+                    measure_models(backbones, first, batches, arguments.threshold))
+    maps = {}
+    for name, model in report.models.items():
+        layer = arguments.layer or next(iter(model.correlation['output']))
+        found = feature_magnitude(backbones[name], first[name], layer)
+        maps[f'{name}\n{layer}'] = found.cpu().numpy()
+    return report, [image.float().numpy() for image in data['inputs'][:MAPS]], maps
 
 
 def ablate(model, loader, evaluator, arguments):
-    """The metric as growing shares of channels are zeroed."""
-    import torch
+    """Metrics of a model as growing shares of its channels are zeroed."""
     from rich.progress import Progress
 
     from cenet_mmdet.analysis import ablation_curve
+    from cenet_mmdet.analysis.report import Ablation
+    from cenet_mmdet.analysis.validation_data import evaluate
 
-    seeds = range(arguments.seeds)
-    chosen = []
+    names = []
     with Progress() as progress:
-        task = progress.add_task('ablation', total=len(FRACTIONS) * len(seeds) * len(loader))
+        task = progress.add_task('ablation', total=len(FRACTIONS) * arguments.seeds)
 
-        @torch.no_grad()
-        def evaluate(_):
-            for data in loader:
-                evaluator.process(data_samples=model.val_step(data), data_batch=data)
-                progress.advance(task)
-            metrics = evaluator.evaluate(len(loader.dataset))
-            chosen[:] = chosen or [name for name in METRICS if name in metrics]
-            return metrics.get(chosen[0], 0.) if chosen else 0.  # no detection at all
+        def metrics(_):
+            found = evaluate(model, loader, evaluator)
+            names[:] = found or names
+            progress.advance(task)
+            return found or dict.fromkeys(names, 0.)  # a detector that detects nothing
 
-        curve = ablation_curve(model.backbone, evaluate, arguments.ablated_layers, FRACTIONS,
-                               seeds)
-    if not chosen:
-        sys.exit(f'no metric to draw: the evaluator returned none of {", ".join(METRICS)}')
-    return dict(metric=chosen[0], fractions=list(FRACTIONS), values=curve.tolist())
-
-
-def draw_maps(models, loader, arguments, path):
-    """Figure 3 for the first images, of all models."""
-    import torch
-
-    from cenet_mmdet.analysis import feature_magnitude
-    from cenet_mmdet.analysis.figures import magnitudes
-
-    data = next(iter(loader))
-    images, maps = [], {}
-    for name, model in models.items():
-        inputs = backbone_inputs(model, data, arguments.device)[:MAPS]
-        maps[name] = list(feature_magnitude(model.backbone, inputs, arguments.layer).cpu().numpy())
-        images = [torch.nn.functional.interpolate(image[None].float(), inputs.shape[2:])[0]
-                  for image in data['inputs'][:MAPS]]
-    pictures = [image.flip(0).permute(1, 2, 0).byte().numpy() for image in images]
-    return magnitudes(pictures, maps, arguments.layer, path)
-
-
-def write_report(report, maps, out, images):
-    """Figures, the page, and the numbers last, so that these say that all is there."""
-    from cenet_mmdet.analysis import figures
-    from cenet_mmdet.analysis.report_page import write_page
-
-    sections = []
-    for name, (title, explanation) in SECTIONS.items():
-        path = out / f'{name}.png'
-        if maps(path) if name == 'magnitudes' else getattr(figures, name)(report, path):
-            sections.append((title, explanation, path))
-    rows = [('model', *COLUMNS), *((name, *summary(of_model))
-                                   for name, of_model in report.items())]
-    write_page(out / 'report.html', 'Channels', f'{len(report)} models on {images} images.',
-               sections, {'Summary': rows})
-    unfinished = out / '.report.json.part'
-    unfinished.write_text(json.dumps(dict(images=images, models=report), indent=1))
-    os.replace(unfinished, out / 'report.json')
-    return sections
-
-
-def summary(of_model):
-    """A model's row: shares in per cent, means over its layers."""
-    gamma = [layer['share'] for layer in of_model['gamma'].values()]
-    last = [points['output'] for points in of_model['correlation'].values() if 'output' in points]
-    ratios = [layer['lambda'] for layer in of_model['operators'].values()]
-    return (f"{100 * of_model['inhibited']['total']:.1f} %",
-            *(f'{scale * sum(values) / len(values):.{digits}f}{unit}' if values else '-'
-              for values, scale, digits, unit in ((gamma, 100, 1, ' %'), (last, 1, 3, ''),
-                                                  (ratios, 1, 2, ''))))
+        curves = ablation_curve(model.backbone, metrics, arguments.ablated_layers, FRACTIONS,
+                                range(arguments.seeds))
+    if not curves:
+        raise InputError('the evaluator returned no metric, so there is no curve to draw')
+    return Ablation(FRACTIONS, {name: curve.tolist() for name, curve in curves.items()})
 
 
 def main():
     arguments = parse_args()
-    given = named_models(arguments)
+    # after the parsing, so that --help answers at once
+    from cenet_mmdet.analysis.report import short_names
+    from cenet_mmdet.analysis.report_page import write_report
+    from cenet_mmdet.analysis.validation_data import build_evaluator, build_loader
+    from cenet_mmdet.engine.preflight import check_files
+    from cenet_mmdet.models.build import load_config, load_model
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from cenet_mmdet.models.build import load_model
-
-    models = {name: load_model(config, checkpoint).to(arguments.device)
-              for name, (config, checkpoint) in given.items()}
+    given = [*((arguments.config, path) for path in arguments.checkpoints), *arguments.against]
+    names = short_names([Path(checkpoint) for _, checkpoint in given])
+    models = {name: load_model(*files).to(arguments.device) for name, files in zip(names, given)}
+    cfg = load_config(arguments.config)
+    cfg.load_from, cfg.resume = None, False  # check_files would look for them
+    check_files(cfg, ('val', ), weights=False)
+    loader = build_loader(cfg, arguments.images)
     with tempfile.TemporaryDirectory() as folder:
-        loader, evaluator = build_loader(arguments.config, arguments.images, folder)
-        report = {}
-        try:
-            pairs = find_pairs(models, loader, arguments)
-            for name, model in models.items():
-                report[name] = measure(model, loader, arguments, pairs[name],
-                                       compared_norms(model, pairs))
-                if arguments.ablate:
-                    report[name]['ablation'] = ablate(model, loader, evaluator, arguments)
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            write_report(report, lambda path: draw_maps(models, loader, arguments, path),
-                         arguments.out, len(loader.dataset))
-        except ValueError as error:  # of the measurements, which name layer and remedy
-            sys.exit(str(error))
-    table = Table(title=f'{len(loader.dataset)} images')
-    for column in ('model', *COLUMNS):
-        table.add_column(column, justify='left' if column == 'model' else 'right')
-    for name, of_model in report.items():
-        table.add_row(name, *summary(of_model))
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(f'report  {arguments.out}/report.html\nnumbers {arguments.out}/report.json',
-                  highlight=False)
+        evaluator = build_evaluator(cfg, loader.dataset, folder) if arguments.ablate else None
+        report, images, maps = measure(models, loader, arguments)
+        for name, model in models.items() if arguments.ablate else ():
+            report.models[name].ablation = ablate(model, loader, evaluator, arguments)
+    write_report(report, images, maps, arguments.out)
+    for model, *cells in report.table():
+        print(f'{model:24}', *(f'{cell:>18}' for cell in cells))
+    print(f'report  {arguments.out}/report.html\nnumbers {arguments.out}/report.json')
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
-"""Inhibited channels (section 2, Figures 1a, 1b and 4d) and the magnitude of features (Figure 3).
-"""
+"""Inhibited channels (section 2, Figures 1a, 1b and 4d) and magnitude of features (Figure 3)."""
 from difflib import get_close_matches
 from typing import Dict, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..utils.errors import InputError
 from .collector import Collector, check_finite, feature_map, module_name
-from .modules import Layers, evaluating, select
-from .rectifiers import rectifiers
+from .modules import Layers, evaluating, rectifiers, select
+from .running_moments import RunningCovariance, pixels
 
 INHIBITED = 1e-2  # section 2: channels of a smaller magnitude are inhibited
 
@@ -19,19 +19,16 @@ def share_below(values: Tensor, threshold: float) -> float:
 
 
 def check_threshold(threshold: float) -> float:
-    """The threshold, if there are magnitudes below it."""
+    """The threshold, if magnitudes can be below it; else an InputError."""
     if not threshold > 0:
-        raise ValueError(f'threshold must be positive, got {threshold!r}')
+        raise InputError(f'threshold must be positive, got {threshold!r}')
     return threshold
 
 
 class InhibitedChannels(NamedTuple):
-    """What `ChannelMagnitudes` measured.
+    """Mean |activation| of each channel behind each (call of a) rectifier, (C,), float64, CPU.
 
-    Attributes:
-        magnitudes: for each call of a rectifier, in the order of calls, the mean absolute
-            activation behind it of each channel, (C,), float64, on the CPU.
-        threshold: channels of a smaller magnitude are inhibited.
+    Channels of a magnitude below the threshold are inhibited.
     """
     magnitudes: Dict[str, Tensor]
     threshold: float
@@ -49,101 +46,66 @@ class InhibitedChannels(NamedTuple):
 
 
 class ChannelMagnitudes(Collector):
-    """Mean absolute activation of each channel behind the rectifiers.
+    """Mean absolute activation of each channel behind the rectifiers; a `Collector`.
 
-    Over all images and positions; used as Collector says. Rectifiers are modules: those
-    called as functions are not seen, nor is the one in CE's own subnetwork.
+    The mean is over all images and positions. Rectifiers that are called as functions are not seen.
 
     Args:
         model: any network with rectifiers.
-        layers: names of rectifiers, or regular expressions that match all of a name; None
-            for all there are.
+        layers: names of rectifiers, or regular expressions for whole names; None for all.
 
     Raises:
-        ValueError: if there is no rectifier, or a pattern matches none; and as Collector.
+        InputError: there is no rectifier, or a pattern matches none.
     """
 
     def __init__(self, model: nn.Module, layers: Layers = None) -> None:
-        super().__init__(model, select(rectifiers(model), layers, 'rectifier module'))
-
-    def _new(self, name: str) -> '_AbsoluteSum':
-        return _AbsoluteSum()
+        super().__init__(model, select(rectifiers(model), layers, 'rectifier module'),
+                         lambda rectifier: RunningCovariance(_magnitudes))
 
     def result(self, threshold: float = INHIBITED) -> InhibitedChannels:
-        """The magnitudes, and below which of them channels are inhibited.
-
-        Raises:
-            ValueError: if no image was seen, a layer saw none, activations are infinite,
-                or the threshold is not positive.
-        """
-        magnitudes = {label: check_finite(label, sums.mean().cpu())
-                      for label, sums in self._by_label().items()}
+        """The magnitudes; an InputError unless finite, and if the threshold is not positive."""
+        magnitudes = {label: check_finite(label, sums.mean.flatten().cpu())
+                      for label, sums in self.statistics().items()}
         return InhibitedChannels(magnitudes, check_threshold(threshold))
 
 
-class _AbsoluteSum:
-    """Sum over images and positions of |x|, and the number of these."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.count = 0
-
-    def add(self, inputs, output) -> None:
-        x = feature_map(output)
-        others = [dim for dim in range(x.dim()) if dim != 1]
-        self.total = self.total + x.abs().sum(others, dtype=torch.float64)
-        self.count += x.numel() // x.shape[1]
-
-    def mean(self) -> Tensor:
-        return self.total / self.count
+def _magnitudes(inputs: tuple, output: Tensor) -> Tensor:
+    """|x| as (C, M, 1), of which the products are those of each channel with itself."""
+    return pixels(feature_map(output)).abs().mT.unsqueeze(-1)
 
 
 def feature_magnitude(model: nn.Module, images: Tensor, layer: str) -> Tensor:
-    """l2 norm over the channels of a layer's output, at each position (Figure 3).
-
-    The figure shows the mean over a batch: that of the first dimension. The model is called
-    once, in evaluation mode; its modes are restored.
+    """l2 norm over a layer's channels at each position (Figure 3).
 
     Args:
-        model: any network.
-        images: (N, 3, H, W), or whatever the model takes.
-        layer: name of any module; `name#2` is the second call of one that is called
-            several times.
+        model: any network; it runs once, in evaluation mode.
+        images: what the model takes, such as (N, 3, H, W).
+        layer: name of any module; `name#2` is the second call of one with several calls.
 
     Returns:
         (N, H', W') for an output (N, C, H', W'), float64.
 
     Raises:
-        ValueError: if there is no such layer, it is not called, called several times, or
-            its output is no feature map.
+        InputError: there is no such layer or call, or its output is no feature map.
     """
     modules = dict(model.named_modules())
     name = module_name(layer)
     if name not in modules:
         similar = get_close_matches(name, modules, n=5) or list(modules)[1:6]
-        raise ValueError(f'the model has no layer {name!r}; there are, for example, '
+        raise InputError(f'the model has no layer {name!r}; there are, for example, '
                          + ', '.join(map(repr, similar)))
-    with evaluating(model), torch.no_grad(), _Norms(model, {name: modules[name]}) as norms:
+    collector = Collector(model, {name: modules[name]}, lambda module: _ChannelNorm())
+    with evaluating(model), torch.no_grad(), collector:
         model(images)
-    found = norms.result()
-    if layer not in found:
-        raise ValueError(f'layer {layer!r}: {name!r} is called {len(found)} times; '
-                         f'there are {", ".join(map(repr, found))}')
-    return found[layer]
+    calls = collector.statistics()
+    if layer not in calls:
+        raise InputError(f'layer {layer!r}: {name!r} is called {len(calls)} times; '
+                         f'there are {", ".join(map(repr, calls))}')
+    return calls[layer].value
 
 
-class _Norms(Collector):
-    """Norms over the channels, of one pass."""
-
-    def _new(self, name: str) -> '_NormOfChannels':
-        return _NormOfChannels()
-
-    def result(self) -> Dict[str, Tensor]:
-        return {label: norm.value for label, norm in self._by_label().items()}
-
-
-class _NormOfChannels:
+class _ChannelNorm:
 
     def add(self, inputs, output) -> None:
-        # Here and now, as a rectifier may overwrite the output.
+        # At once, because a rectifier may overwrite the output.
         self.value = torch.linalg.vector_norm(feature_map(output).double(), dim=1)

@@ -1,181 +1,170 @@
-"""Figures of a channel report: one function each, models side by side or one over the other.
+"""Figures of a channel report and of training logs, one function each.
 
-`models` is the report, {name of the model: its measurements}, as `report.json` holds it.
-Each function returns False, and draws nothing, where no model has the measurement.
+A function returns False, and draws nothing, if no model has the measurement.
 """
 from pathlib import Path
-from typing import Dict, Iterable, List, Tuple
+from typing import List, Mapping, Sequence
 
 import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-# The same wherever they occur; dashes, as the output of BD alone is that of BD.
-POINTS = {'input': dict(color='C0', marker='.'), 'bd': dict(color='C1', marker='.'),
-          'ir': dict(color='C2', marker='.'),
-          'output': dict(color='black', marker='.', linestyle='--')}
+from .modules import stage
+from .report import Report, Series
+from .training_log import Curves
 
-Series = Dict[str, Dict[str, float]]  # by model, by layer
+# The output of BD alone equals that of the layer, and shows through the dashes.
+STYLES = {'output': dict(color='black', linestyle='--')}
 
 
-def by_depth(values: Series, path: Path, ylabel: str, title: str, **axis) -> bool:
-    """A line for each model over its layers in order of depth, from 0 to 1."""
-    values = {name: layers for name, layers in values.items() if layers}
-    if not values:
+def inhibited(report: Report, path: Path) -> bool:
+    """Share of inhibited channels by depth, and in total (Figures 1 and 4d)."""
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout='constrained')
+    _by_depth(axes, {f'{name} ({model.inhibited_total:.1%} in total)': model.inhibited
+                     for name, model in report.models.items()})
+    axes.set(ylabel='share of channels', ylim=(0, None),
+             title=f'channels with a mean |activation| below {report.threshold:g}')
+    return _finish(figure, path)
+
+
+def gammas(report: Report, path: Path) -> bool:
+    """Small gamma and small effective gamma by depth (left), and Proposition 1 (right)."""
+    models = {name: model for name, model in report.models.items() if model.small_gamma}
+    if not models:
         return False
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout='constrained')
-    for name, layers in values.items():
-        axes.plot(_depth(layers), list(layers.values()), marker='.', label=name)
-    axes.set(xlabel='depth in the network', ylabel=ylabel, title=title, **axis)
-    return _finish(figure, [axes], path)
-
-
-def inhibited(models: Dict, path: Path) -> bool:
-    """Share of inhibited channels by depth, and in all (Figures 1 and 4d)."""
-    shares = {f"{name} ({100 * report['inhibited']['total']:.1f} % in all)":
-              report['inhibited']['layers'] for name, report in models.items()}
-    threshold = next(iter(models.values()))['inhibited']['threshold']
-    return by_depth(shares, path, 'share of channels', ylim=(0, None),
-                    title=f'channels whose mean |activation| is below {threshold:g}')
-
-
-def gammas(models: Dict, path: Path) -> bool:
-    """Norms of gamma, and of the effective gamma of CE, by depth; Proposition 1 beside it."""
-    with_gamma = {name: report['gamma'] for name, report in models.items() if report['gamma']}
-    if not with_gamma:
-        return False
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
-    for name, layers in with_gamma.items():
-        line, = left.plot(_depth(layers), [layer['share'] for layer in layers.values()],
-                          marker='.', label=name)
-        effective = {i: layer['effective_share'] for i, layer in enumerate(layers.values())
-                     if 'effective_share' in layer}
-        if effective:
-            depth = _depth(layers)
-            left.plot([depth[i] for i in effective], list(effective.values()), marker='x',
-                      linestyle=':', color=line.get_color(), label=f'{name}, effective')
-    left.set(xlabel='depth in the network', ylabel='share of channels', ylim=(0, None),
-             title='channels with |gamma| below the threshold')
-    for name, report in models.items():
-        growth = {layer: p['growth'] for layer, p in report['proposition'].items()}
-        if growth:
-            right.plot(_depth(growth), list(growth.values()), marker='.', label=name)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
+    _by_depth(left, {name: model.small_gamma for name, model in models.items()})
+    _by_depth(left, {f'{name}, effective': {norm: model.small_effective_gamma.get(norm)
+                                            for norm in model.small_gamma}
+                     for name, model in models.items()}, linestyle=':', marker='x')
+    _by_depth(right, {name: model.gamma_growth for name, model in models.items()})
     right.axhline(1, color='grey', linewidth=0.8)
-    right.set(xlabel='depth in the network', ylabel='norm of gamma_hat / norm of gamma',
-              title='Proposition 1, measured')
-    return _finish(figure, [left, right], path)
+    left.set(ylabel='share of channels', ylim=(0, None),
+             title=f'channels with |gamma| below {report.threshold:g}')
+    right.set(ylabel='norm of gamma_hat / norm of gamma', title='Proposition 1, measured')
+    return _finish(figure, path)
 
 
-def correlations(models: Dict, path: Path) -> bool:
+def correlations(report: Report, path: Path) -> bool:
     """Mean absolute correlation between channels by depth (Figure 5), a panel for each model."""
-    models = {name: report['correlation'] for name, report in models.items()
-              if report['correlation']}
-    if not models:
-        return False
-    figure, panels = plt.subplots(1, len(models), figsize=(5 * len(models), 3.6), sharey=True,
-                                  squeeze=False, layout='constrained')
-    for axes, (name, layers) in zip(panels[0], models.items()):
-        for point in _points(layers.values()):
-            chosen = {layer: values[point] for layer, values in layers.items() if point in values}
-            depth = dict(zip(layers, _depth(layers)))
-            axes.plot([depth[layer] for layer in chosen], list(chosen.values()), label=point,
-                      **POINTS[point])
-        axes.set(xlabel='depth in the network', title=name)
+    figure, panels = plt.subplots(1, len(report.models), sharey=True, squeeze=False,
+                                  figsize=(5.5 * len(report.models), 3.8), layout='constrained')
+    for axes, (name, model) in zip(panels[0], report.models.items()):
+        _by_depth(axes, model.correlation)
+        axes.set_title(name)
     panels[0][0].set(ylabel='mean |correlation|', ylim=(0, None))  # shared by all
-    return _finish(figure, panels[0], path)
+    return _finish(figure, path)
 
 
-def operators(models: Dict, path: Path) -> bool:
+def operators(report: Report, path: Path) -> bool:
     """lambda, spectrum of W and spread of IR's weights of each CE layer, by depth."""
-    models = {name: report['operators'] for name, report in models.items() if report['operators']}
+    models = {name: model for name, model in report.models.items() if model.bd_ratio}
     if not models:
         return False
-    figure, (ratio, spectrum, spread) = plt.subplots(1, 3, figsize=(13, 3.6),
-                                                     layout='constrained')
-    for name, layers in models.items():
-        for axes, key in ((ratio, 'lambda'), (spread, 'weights_spread')):
-            chosen = {layer: values[key] for layer, values in layers.items()
-                      if values.get(key) is not None}
-            if chosen:
-                axes.plot(_depth(chosen), list(chosen.values()), marker='.', label=name)
-        chosen = {layer: values['eigenvalues'] for layer, values in layers.items()
-                  if values.get('eigenvalues')}
-        if chosen:
-            spectrum.fill_between(_depth(chosen), [min(v) for v in chosen.values()],
-                                  [max(v) for v in chosen.values()], alpha=.3, label=name)
+    figure, (ratio, spectrum, spread) = plt.subplots(1, 3, figsize=(14, 3.8), layout='constrained')
+    _by_depth(ratio, {name: model.bd_ratio for name, model in models.items()})
+    for end in (min, max):
+        _by_depth(spectrum, {name: {layer: end(values)
+                                    for layer, values in model.eigenvalues.items()}
+                             for name, model in models.items()})
+    _by_depth(spread, {name: model.weights_spread for name, model in models.items()})
     ratio.set(title='lambda: 1 is BD, 0 is IR', ylim=(0, 1))
-    spectrum.set(title='eigenvalues of W, smallest to largest', ylim=(0, None))
+    spectrum.set(title='smallest and largest eigenvalue of W')
     spread.set(title='IR weights: deviation over images / mean', ylim=(0, None))
-    for axes in (ratio, spectrum, spread):
-        axes.set_xlabel('depth in the network')
-    return _finish(figure, [ratio, spectrum, spread], path)
+    return _finish(figure, path)
 
 
-def ablation(models: Dict, path: Path) -> bool:
-    """The metric by the share of channels zeroed, with the range of the seeds (Figure 4c)."""
-    models = {name: report['ablation'] for name, report in models.items() if report['ablation']}
+def ablation(report: Report, path: Path) -> bool:
+    """The main metric by the share of zeroed channels, with the range of the seeds (Figure 4c)."""
+    models = {name: m.ablation for name, m in report.models.items() if m.ablation}
     if not models:
         return False
     figure, axes = plt.subplots(figsize=(6, 3.8), layout='constrained')
-    for name, curve in models.items():
-        by_fraction = list(zip(*curve['values']))
-        line, = axes.plot(curve['fractions'], [sum(v) / len(v) for v in by_fraction], marker='.',
+    for name, measured in models.items():
+        by_fraction = list(zip(*measured.curves[measured.main]))
+        line, = axes.plot(measured.fractions, [sum(v) / len(v) for v in by_fraction], marker='.',
                           label=name)
-        axes.fill_between(curve['fractions'], [min(v) for v in by_fraction],
+        axes.fill_between(measured.fractions, [min(v) for v in by_fraction],
                           [max(v) for v in by_fraction], alpha=.25, color=line.get_color())
-    metric = next(iter(models.values()))['metric']
-    axes.set(xlabel='share of channels zeroed', ylabel=metric, ylim=(0, None))
-    return _finish(figure, [axes], path)
+    axes.set(xlabel='share of channels zeroed', ylabel=measured.main, ylim=(0, None))
+    return _finish(figure, path)
 
 
-def magnitudes(images: List, maps: Dict[str, List], layer: str, path: Path) -> bool:
-    """The images, and below them the l2 norm over a layer's channels, of each model (Figure 3).
+def magnitudes(images: Sequence, maps: Mapping[str, Sequence], path: Path) -> bool:
+    """The images, and below them the l2 norm over a layer's channels, by model (Figure 3).
 
     Args:
-        images: RGB arrays (H, W, 3).
-        maps: arrays (h, w) of each image, by model.
-        layer: whose output they are taken of.
-        path: to write to.
+        images: arrays (C, H, W) of any range; three channels are BGR, others are averaged.
+        maps: arrays (h, w) for each image, by the label of their row.
     """
-    if not images or not maps:
-        return False
-    figure, panels = plt.subplots(1 + len(maps), len(images), squeeze=False,
-                                  figsize=(2.6 * len(images), 2.2 * (1 + len(maps))),
-                                  layout='constrained')
+    rows, columns, (height, width) = 1 + len(maps), len(images), images[0].shape[1:]
+    figure, panels = plt.subplots(rows, columns, squeeze=False, layout='constrained',
+                                  figsize=(2.6 * columns + 1, 2.7 * rows * height / width))
     for axes, image in zip(panels[0], images):
-        axes.imshow(image)
-    for row, (name, of_model) in zip(panels[1:], maps.items()):
-        top = max(float(m.max()) for m in of_model)
+        picture = image[::-1].transpose(1, 2, 0) if len(image) == 3 else image.mean(0)
+        spread = picture.max() - picture.min()
+        axes.imshow((picture - picture.min()) / (spread or 1), cmap='gray')
+    top = max(float(values.max()) for of_model in maps.values() for values in of_model)
+    for row, (label, of_model) in zip(panels[1:], maps.items()):
         for axes, values in zip(row, of_model):
             shown = axes.imshow(values, vmin=0, vmax=top)
-        row[0].set_ylabel(name)
-        figure.colorbar(shown, ax=row.tolist(), shrink=.8)
-    figure.suptitle(f'norm over the channels of {layer}')
+        row[0].set_ylabel(label)
+    figure.colorbar(shown, ax=panels.ravel().tolist(), shrink=.5)
     for axes in panels.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return True
+        axes.set(xticks=[], yticks=[])
+    return _finish(figure, path)
 
 
-def _points(layers: Iterable[Dict]) -> Tuple[str, ...]:
-    """Where in a layer correlations were taken, in the order they are met."""
-    return tuple(dict.fromkeys(point for layer in layers for point in layer))
+def training(runs: Mapping[str, Curves], path: Path) -> bool:
+    """Inhibited share, correlation and lambda by stage over the iterations, a row for each run."""
+    figure, panels = plt.subplots(len(runs), 3, figsize=(14, 3.4 * len(runs)), sharey='col',
+                                  squeeze=False, layout='constrained')
+    for row, (name, curves) in zip(panels, runs.items()):
+        stages = list(dict.fromkeys(label for by_stage in curves.values() for label in by_stage))
+        colors = plt.get_cmap('viridis')([i / len(stages) for i in range(len(stages))])
+        lines = {}
+        for axes, (kind, by_stage) in zip(row, curves.items()):
+            axes.set(title=f'{name}: {kind}' if by_stage else '', xlabel='iteration')
+            axes.axis('on' if by_stage else 'off')
+            for label, color in zip(stages, colors):
+                if label in by_stage:
+                    lines[label], = axes.plot(*zip(*by_stage[label]), color=color, marker='.')
+        row[-1].legend(list(lines.values()), list(lines), frameon=False, fontsize='small',
+                       loc='center left', bbox_to_anchor=(1, 0.5))
+    for axes, label in zip(panels[0], ('share of channels', 'mean |correlation|', 'lambda')):
+        axes.set(ylabel=label, ylim=(0, 1 if label == 'lambda' else None))
+    return _finish(figure, path)
 
 
-def _depth(layers) -> List[float]:
-    """Positions from 0 to 1, so that networks of different length share an axis."""
-    count = len(layers)
-    return [i / max(count - 1, 1) for i in range(count)]
+def _by_depth(axes, series: Mapping[str, Series], **style) -> None:
+    """A line for each series over its layers, from depth 0 to 1, labelled with the stages."""
+    for index, (label, layers) in enumerate(series.items()):
+        known = [(x, y) for x, y in zip(_depths(layers), layers.values()) if y is not None]
+        if known:
+            repeated = label in axes.get_legend_handles_labels()[1]
+            axes.plot(*zip(*known), label=f'_{label}' if repeated else label,
+                      **{'color': f'C{index}', 'marker': '.', **style, **STYLES.get(label, {})})
+    axes.set_xlabel('depth in the network')
+    stages = [[stage(layer) for layer in layers] for layers in series.values() if layers]
+    if stages and all(others == stages[0] for others in stages):
+        ticks = {}
+        for name, x in zip(stages[0], _depths(stages[0])):
+            ticks.setdefault(name, []).append(x)
+        axes.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks),
+                        rotation=90 if len(''.join(ticks)) > 40 else 0)
 
 
-def _finish(figure, panels, path: Path) -> bool:
-    for axes in panels:
-        axes.spines[['top', 'right']].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize='small')
+def _depths(layers) -> List[float]:
+    return [i / max(len(layers) - 1, 1) for i in range(len(layers))]
+
+
+def _finish(figure, path: Path) -> bool:
+    for axes in figure.axes:
+        if axes.lines:
+            axes.spines[['top', 'right']].set_visible(False)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False, fontsize='small')
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

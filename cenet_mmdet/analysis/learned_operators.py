@@ -4,37 +4,28 @@ from typing import Dict, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import CE
+from ..utils.errors import InputError
 from .collector import Collector, check_finite
 from .correlation import check_running_statistics
 from .modules import Layers, ce_layers, select
-from .running_moments import RunningVariance
+from .running_moments import RunningCovariance
 
 
+@torch.no_grad()
 def lambdas(model: nn.Module) -> Dict[str, float]:
     """lambda, the weight of BD against IR in [0, 1], of every CE layer (equation 4, Table 4).
 
     In the order of the model's modules.
-
-    Raises:
-        ValueError: if the model has no CE layer.
     """
-    layers = select(ce_layers(model), None, 'CE layer')
-    return {name: _lambda(ce) for name, ce in layers.items()}
-
-
-def _lambda(ce: CE) -> float:
-    with torch.no_grad():
-        return float(ce.ratio(torch.float64))
+    return {name: float(ce.ratio(torch.float64)) for name, ce in ce_layers(model).items()}
 
 
 class Spectrum(NamedTuple):
     """Of one W in evaluation, float64, on the CPU.
 
     Attributes:
-        eigenvalues: of each group in ascending order, (G, d); I has ones, T steps give at
-            most 1.5^T.
-        condition: largest by smallest absolute eigenvalue, (G,).
+        eigenvalues: of each group in ascending order, (G, d); at most 1.5^T.
+        condition: ratio of the largest and smallest absolute eigenvalue, (G,).
     """
     eigenvalues: Tensor
     condition: Tensor
@@ -44,81 +35,62 @@ def spectra(model: nn.Module) -> Dict[str, Spectrum]:
     """Spectrum of the running W of every CE layer with a BD branch (equation 6).
 
     In the order of the model's modules.
-
-    Raises:
-        ValueError: if the model has no such layer.
     """
-    layers = {name: ce for name, ce in ce_layers(model).items() if ce.has_bd}
-    return {name: _spectrum(ce.running_whitening)
-            for name, ce in select(layers, None, 'CE layer with a BD branch').items()}
-
-
-def _spectrum(whitening: Tensor) -> Spectrum:
-    whitening = whitening.double().cpu()
-    # It is symmetric up to rounding, as a polynomial of a symmetric matrix.
-    eigenvalues = torch.linalg.eigvalsh((whitening + whitening.mT) / 2)
-    sizes = eigenvalues.abs()
-    return Spectrum(eigenvalues, sizes.amax(-1) / sizes.amin(-1))
+    found = {}
+    for name, ce in ce_layers(model).items():
+        if not ce.has_bd:
+            continue
+        whitening = ce.running_whitening.double().cpu()
+        # It is symmetric up to rounding, as a polynomial of a symmetric matrix.
+        eigenvalues = torch.linalg.eigvalsh((whitening + whitening.mT) / 2)
+        sizes = eigenvalues.abs()
+        found[name] = Spectrum(eigenvalues, sizes.amax(-1) / sizes.amin(-1))
+    return found
 
 
 class Spread(NamedTuple):
-    """How much the weights w_n of one layer depend on the image.
+    """Standard deviation of w_n over images (biased) divided by its mean, and the channels' mean.
 
-    Attributes:
-        per_channel: standard deviation over images (biased) by mean, (C,), float64, on the
-            CPU.
-        mean: over the channels.
+    `per_channel` is (C,), float64, on the CPU.
     """
     per_channel: Tensor
     mean: float
 
 
 class ReweightingSpread(Collector):
-    """Spread over images of the IR weights w_n (equation 8); used as Collector says.
+    """Spread over images of the IR weights w_n (equation 8); a `Collector`.
 
-    0 says that all images get the same weights, so that IR is a static scaling.
+    0 means that all images get the same weights, so that IR is a static scaling.
 
     Args:
         model: a network with CE, in evaluation mode.
-        layers: names of CE layers, or regular expressions that match all of a name; None
-            for all with an IR branch.
+        layers: names of CE layers, or regular expressions for whole names; None for all with IR.
 
     Raises:
-        ValueError: if there is no such layer, a pattern matches none, or a CE layer uses
-            the statistics of its batch; and as Collector.
+        InputError: there is no such layer, a pattern matches none, or one is in training mode.
     """
 
     def __init__(self, model: nn.Module, layers: Layers = None) -> None:
         with_ir = {name: ce for name, ce in ce_layers(model).items() if ce.has_ir}
-        self._ce = select(with_ir, layers, 'CE layer with an IR branch')
-        super().__init__(model, {name: ce.reweighting for name, ce in self._ce.items()})
+        chosen = select(with_ir, layers, 'CE layer with an IR branch')
+        owners = {ce.reweighting: ce for ce in chosen.values()}
 
-    def _new(self, name: str) -> '_Weights':
-        return _Weights(self._ce[name])
+        def new(reweighting):
+            def columns(_, gates):  # F(v_n), which is w_n up to s, as (C, N, 1)
+                check_running_statistics(owners[reweighting])
+                return gates.mT.unsqueeze(-1)
+            return RunningCovariance(columns)
+
+        super().__init__(model, {name: ce.reweighting for name, ce in chosen.items()}, new)
 
     def result(self) -> Dict[str, Spread]:
-        """By the names of the CE layers, in the order of calls.
-
-        Raises:
-            ValueError: if fewer than two images were seen, or values are infinite.
-        """
-        return {label: weights.spread(label) for label, weights in self._by_label().items()}
-
-
-class _Weights:
-    """Mean and variance of F(v_n), which is w_n up to s: the quotient does not see s."""
-
-    def __init__(self, ce: CE) -> None:
-        self.ce = ce
-        self.gates = RunningVariance()
-
-    def add(self, inputs, output) -> None:
-        check_running_statistics(self.ce)
-        self.gates.add(output)
-
-    def spread(self, label: str) -> Spread:
-        if self.gates.count < 2:
-            raise ValueError(f'{label}: {self.gates.count} images were seen, '
-                             'a spread needs at least two')
-        per_channel = check_finite(label, self.gates.moment.sqrt() / self.gates.mean).cpu()
-        return Spread(per_channel, per_channel.mean().item())
+        """By CE layer, in the order of calls; an InputError unless finite, and of two images."""
+        found = {}
+        for label, gates in self.statistics().items():
+            if gates.count < 2:
+                raise InputError(f'{label}: {gates.count} images were seen, '
+                                 'a spread needs at least two')
+            deviation, mean = gates.covariance.flatten().sqrt(), gates.mean.flatten()
+            per_channel = check_finite(label, deviation / mean).cpu()
+            found[label] = Spread(per_channel, per_channel.mean().item())
+        return found

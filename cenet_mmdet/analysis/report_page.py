@@ -1,53 +1,58 @@
-"""One self-contained page of figures and tables."""
+"""A channel report as one self-contained page, with its figures and numbers in files."""
 import base64
 import html
-import os
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Mapping, Sequence
+
+from ..utils.files import replacing
+from . import figures
+from .report import Report
 
 STYLE = '''body { font-family: sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 img { max-width: 100%; } table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } figcaption { color: #444; }'''
+# By the functions that draw them: title and explanation.
+SECTIONS = {
+    'inhibited': ('Inhibited channels', 'Share of channels behind each rectifier with a mean '
+                  '|activation| below the threshold (Figures 1 and 4d of the paper).'),
+    'gammas': ('Gamma', 'Left: share of channels of each norm with |gamma| below the threshold; '
+               'dotted: the same for the effective W gamma behind CE. Right: growth of the norm '
+               'of gamma by batch decorrelation (Proposition 1).'),
+    'magnitudes': ('Magnitude of features', 'l2 norm over the channels at each position (Figure '
+                   '3).'),
+    'correlations': ('Correlation between channels', 'Mean absolute correlation of all pairs of '
+                     'channels that vary: in front of CE, behind BD and IR by themselves, and '
+                     'behind CE. In a model without CE: behind the norms that CE follows in the '
+                     'other models, or behind all norms (Figure 5).'),
+    'operators': ('What CE learned', 'lambda, the range of the eigenvalues of W, and how much '
+                  "IR's weights differ between images."),
+    'ablation': ('Cumulative ablation', 'The metric as random channels of the norms are zeroed: '
+                 'mean (line) and range (band) of the seeds (Figures 1c and 4c).'),
+}
 
-Section = Tuple[str, str, Path]  # title, explanation, picture
 
+def write_report(report: Report, images: Sequence, maps: Mapping[str, Sequence],
+                 folder: Path) -> None:
+    """Write report.html, its figures, and at last report.json, into a new or old folder.
 
-def write_page(path: Path, title: str, intro: str, sections: Sequence[Section],
-               tables: Dict[str, List[Sequence]]) -> None:
-    """Write the page, all or nothing; pictures are put into it.
-
-    Args:
-        path: of the page.
-        title, intro: of the page, as plain text.
-        sections: a picture each, with its title and what it shows.
-        tables: rows by title, of which the first is the header.
+    `images` and `maps` are those of `figures.magnitudes`.
     """
-    parts = [f'<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>']
-    for name, explanation, picture in sections:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h2>{html.escape(name)}</h2><figure>'
-                     f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-                     f'<figcaption>{html.escape(explanation)}</figcaption></figure>')
-    for name, rows in tables.items():
-        parts.append(f'<h2>{html.escape(name)}</h2>{_table(rows)}')
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>'
-            f'<body>{"".join(parts)}</body></html>')
-    unfinished = path.with_name(f'.{path.name}.part')
-    unfinished.write_text(page, encoding='utf-8')
-    os.replace(unfinished, path)
-
-
-def _table(rows: List[Sequence]) -> str:
-    header, *body = rows
-    lines = [_row(header, 'th'), *(_row(row, 'td') for row in body)]
-    return f'<table>{"".join(lines)}</table>'
-
-
-def _row(cells: Sequence, tag: str) -> str:
-    return '<tr>' + ''.join(f'<{tag}>{html.escape(_text(c))}</{tag}>' for c in cells) + '</tr>'
-
-
-def _text(cell) -> str:
-    return f'{cell:.3g}' if isinstance(cell, float) else str(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f'<h1>Channels</h1><p>{len(report.models)} models on {report.images} images.</p>']
+    for name, (title, explanation) in SECTIONS.items():
+        path = folder / f'{name}.png'
+        given = (images, maps) if name == 'magnitudes' else (report, )
+        if getattr(figures, name)(*given, path):
+            data = base64.b64encode(path.read_bytes()).decode()
+            parts.append(f'<h2>{title}</h2><figure>'
+                         f'<img alt="{title}" src="data:image/png;base64,{data}">'
+                         f'<figcaption>{html.escape(explanation)}</figcaption></figure>')
+    lines = [''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)
+             for row, tag in zip(report.table(), ['th', *['td'] * len(report.models)])]
+    parts.append(f'<h2>Summary</h2><table><tr>{"</tr><tr>".join(lines)}</tr></table>')
+    with replacing(folder / 'report.html') as partial:
+        partial.write_text('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+                           f'<title>Channels</title><style>{STYLE}</style></head>'
+                           f'<body>{"".join(parts)}</body></html>', encoding='utf-8')
+    report.write(folder / 'report.json')

@@ -1,56 +1,55 @@
-"""Running moments in float64, with the batches combined as by Chan et al. (1983)."""
+"""Running moments in float64, with batches combined by the method of Chan et al. (1983)."""
+from typing import Callable
+
 import torch
 from torch import Tensor
 
 
-class RunningVariance:
-    """Mean and sum of squared deviations of each column, over all rows that were added.
+class RunningCovariance:
+    """Mean and covariance of the columns of what a layer computes; statistics for a `Collector`.
+
+    Args:
+        rows: takes the layer's inputs and output and returns (..., M, C), of any floating point
+            type.
 
     Attributes:
-        count: rows seen.
-        mean: (..., C), float64.
-        scatter: (..., C), float64; of RunningCovariance (..., C, C).
-        rounding: relative rounding error of the values added, as their type has it.
+        count: number of rows.
+        mean: (..., C), float64; NaN if there is no row.
+        scatter: sum of the products of deviations, (..., C, C), float64.
+        rounding: relative rounding error of the rows, from their type.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Callable[[tuple, Tensor], Tensor]) -> None:
+        self._rows = rows
         self.count = 0
-        self.mean = self.scatter = None
+        self.mean = self.scatter = torch.tensor(float('nan'))
         self.rounding = 0.0
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows (..., M, C), of any floating point type."""
+    def add(self, inputs: tuple, output: Tensor) -> None:
+        rows = self._rows(inputs, output)
         count = rows.shape[-2]
         if not count:
             return
         self.rounding = max(self.rounding, torch.finfo(rows.dtype).eps)
         rows = rows.double()
         mean = rows.mean(-2, keepdim=True)
-        scatter = self._product(rows - mean)
+        scatter = _products(rows - mean)
         if self.count:
             shift = mean - self.mean.unsqueeze(-2)
             total = self.count + count
-            scatter = self.scatter + scatter + self._product(shift) * (self.count * count / total)
+            scatter = self.scatter + scatter + _products(shift) * (self.count * count / total)
             mean = mean - shift * (self.count / total)
         self.mean, self.scatter = mean.squeeze(-2), scatter
         self.count += count
 
-    @staticmethod
-    def _product(deviations: Tensor) -> Tensor:
-        return deviations.square().sum(-2)
-
     @property
-    def moment(self) -> Tensor:
-        """Biased variance, (..., C), or covariance, (..., C, C); NaN if no row was added."""
-        return self.scatter / self.count if self.count else torch.tensor(float('nan'))
+    def covariance(self) -> Tensor:
+        """Biased, (..., C, C); NaN if there is no row."""
+        return self.scatter / self.count if self.count else self.scatter
 
 
-class RunningCovariance(RunningVariance):
-    """The same with products of all columns."""
-
-    @staticmethod
-    def _product(deviations: Tensor) -> Tensor:
-        return deviations.mT @ deviations
+def _products(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
 
 
 def pixels(x: Tensor) -> Tensor:

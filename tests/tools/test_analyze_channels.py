@@ -1,11 +1,18 @@
-"""tools/analyze_channels.py as typed: a report of two models, and its refusals."""
+"""tools/analyze_channels.py as typed: reports of detectors and of a classifier, and refusals."""
 import json
 import re
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tool
-from mmengine.config import Config
+from mmengine.structures import InstanceData
+
+from cenet_mmdet.analysis.report import Report
+from cenet_mmdet.analysis.validation_data import build_evaluator, build_loader, evaluate
+from cenet_mmdet.models.build import build_model, load_config
+from cenet_mmdet.utils.errors import InputError
 
 CONFIG = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
 # untrained weights detect nothing with confidence, and without detections there is no metric
@@ -13,78 +20,163 @@ SCORES = 'model = dict(test_cfg=dict(rcnn=dict(score_thr=0.001, max_per_img=10))
 PLAIN = "model['backbone'] = dict(type='ResNet', zero_init_residual=False)\n"
 
 
+def save_model(config, silent=None):
+    """Config and checkpoint; half of the channels behind the norm `silent` are dead."""
+    torch.manual_seed(0)
+    model = build_model(config)
+    model.train()
+    model.backbone(torch.randn(2, next(model.backbone.parameters()).shape[1], 64, 64))
+    if silent:
+        norm = model.backbone.get_submodule(silent)
+        norm.weight.data[::2] = norm.bias.data[::2] = 0
+    torch.save(dict(state_dict=model.state_dict()), config.with_suffix('.pth'))
+    return config, config.with_suffix('.pth')
+
+
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-    """Configs and checkpoints of the demo's detector with CE, and with batch norm alone."""
-    from mmdet.utils import register_all_modules
-    from mmengine.registry import MODELS
-    register_all_modules()
+    """Of the demo's detector with CE, and with batch norm alone."""
     folder = tmp_path_factory.mktemp('models')
-    given = {}
-    for name, change in (('ce', ''), ('bn', PLAIN)):
-        config, checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
-        config.write_text(f"_base_ = '{CONFIG}'\n{SCORES}{change}")
-        torch.manual_seed(0)
-        model = MODELS.build(Config.fromfile(config).model)
-        model.train()
-        model.backbone(torch.randn(2, 3, 64, 64))
-        if name == 'bn':  # half of the channels behind the first rectifier of layer2 are dead
-            norm = model.backbone.layer2[0].bn1
-            norm.weight.data[::2] = norm.bias.data[::2] = 0
-        torch.save(dict(state_dict=model.state_dict()), checkpoint)
-        given[name] = config, checkpoint
-    return given
+    (folder / 'ce.py').write_text(f"_base_ = '{CONFIG}'\n{SCORES}")
+    (folder / 'bn.py').write_text(f"_base_ = '{CONFIG}'\n{SCORES}{PLAIN}")
+    return dict(ce=save_model(folder / 'ce.py'), bn=save_model(folder / 'bn.py', 'layer2.0.bn1'))
 
 
-def test_report_of_two_models(models, shapes, tmp_path):
+def test_report_of_two_detectors(models, shapes, tmp_path):
     tool('analyze_channels.py', *models['ce'], '--against', *models['bn'], '--out', 'found',
          '--images', 3, '--ablate', '--seeds', 1, '--ablated-layers', r'layer4\..*',
          cwd=tmp_path, env=dict(COCO_ROOT=str(shapes)))
-    report = json.loads((tmp_path / 'found/report.json').read_text())
-    assert report['images'] == 3
-    ce, bn = report['models']['ce'], report['models']['bn']
-    assert bn['inhibited']['layers']['layer2.0.relu#1'] == 0.5
-    assert bn['gamma']['layer2.0.bn1'] == dict(share=0.5)
-    assert set(ce['gamma']['layer1.0.bn2']) == {'share', 'effective_share'}
-    assert list(ce['correlation']['layer3.1.ce']) == ['input', 'bd', 'ir', 'output']
-    # the same places in both networks: where CE is in one of them
-    assert len(bn['correlation']) == len(ce['correlation']) == len(ce['operators']) == 9
-    assert ce['operators']['ce1']['lambda'] == 0.5
-    assert len(ce['operators']['ce1']['eigenvalues']) == 24
-    assert bn['operators'] == bn['proposition'] == {}
-    for model in (ce, bn):
-        curve = model['ablation']
-        assert curve['metric'] == 'coco/segm_mAP'
-        assert [len(values) for values in curve['values']] == [len(curve['fractions'])]
+    report = Report.read(tmp_path / 'found/report.json')
+    assert report.images == 3 and list(report.models) == ['ce', 'bn']
+    ce, bn = report.models.values()
+    assert bn.inhibited['layer2.0.relu#1'] == bn.small_gamma['layer2.0.bn1'] == 0.5
+    # the same places in both networks: where CE is in one of them, in the order of depth
+    places = ['ce1', *(f'layer{i}.{j}.ce' for i in (1, 2, 3, 4) for j in (0, 1))]
+    assert list(ce.bd_ratio) == list(ce.eigenvalues) == list(ce.correlation['bd']) == places
+    assert list(bn.correlation['output']) == list(ce.small_effective_gamma) == [
+        name.replace('ce1', 'bn1').replace('.ce', '.bn2') for name in places]
+    assert ce.bd_ratio['ce1'] == 0.5 and len(ce.eigenvalues['ce1']) == 24
+    assert bn.bd_ratio == bn.gamma_growth == bn.small_effective_gamma == {}
+    for ablation in (ce.ablation, bn.ablation):
+        assert ablation.main == 'coco/segm_mAP'
+        assert ablation.fractions == pytest.approx(np.linspace(0, 0.9, 10))
+        assert {'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP_75'} < set(ablation.curves)
+        assert all(np.shape(curve) == (1, 10) for curve in ablation.curves.values())
     pictures = {path.stem for path in (tmp_path / 'found').glob('*.png')}
     assert pictures == {'inhibited', 'gammas', 'magnitudes', 'correlations', 'operators',
                         'ablation'}
     page = (tmp_path / 'found/report.html').read_text()
-    sources = re.findall(r'src="([^"]{10})', page)
-    assert sources == ['data:image'] * 6
-    assert 'http' not in page
+    assert re.findall(r'src="([^"]{10})', page) == ['data:image'] * 6 and 'http' not in page
+    report.write(tmp_path / 'again.json')
+    assert Report.read(tmp_path / 'again.json') == report
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (['--layer', 'layer9'], "no layer 'layer9'"),
-    (['--ablate', '--ablated-layers', 'layer9'], "'layer9' matches the whole name of no norm"),
-    (['empty'], 'has no images'),
-    (['missing'], 'checkpoint not found: missing.pth'),
-], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
-def test_refusals_are_one_line_and_leave_nothing(models, shapes, tmp_path, change, message):
+BASE = '''
+from mmengine.dataset import DefaultSampler
+from mmpretrain.datasets import CustomDataset, LoadImageFromFile, PackInputs
+from mmpretrain.evaluation import Accuracy
+from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
+
+default_scope = 'mmpretrain'
+model = dict(type=ImageClassifier, neck=dict(type=GlobalAveragePooling),
+             head=dict(type=LinearClsHead, num_classes=2, in_channels=64, topk=(1, )))
+val_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=False),
+    dataset=dict(type=CustomDataset, data_root='images', data_prefix=dict(img_path=''), pipeline=[
+        dict(type=LoadImageFromFile, color_type='unchanged'), dict(type=PackInputs)]))
+val_evaluator = dict(type=Accuracy, topk=(1, ))
+'''
+CLASSIFIER = '''
+from mmengine.config import read_base
+from mmpretrain.models import ResNet_CIFAR
+with read_base():
+    from .base import *
+model.update(backbone=dict(type=ResNet_CIFAR, depth=18, in_channels=4, base_channels=8,
+                           stem_channels=8, norm_cfg=dict(type='CEBN')))
+'''
+
+
+def test_report_of_a_new_style_classifier_of_four_channels(tmp_path):
+    for label in 'ab':
+        (tmp_path / 'images' / label).mkdir(parents=True)
+        image = np.random.default_rng(0).integers(0, 255, (32, 32, 4), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / 'images' / label / 'image.png'), image)
+    (tmp_path / 'base.py').write_text(BASE)
+    (tmp_path / 'classifier.py').write_text(CLASSIFIER)
+    tool('analyze_channels.py', *save_model(tmp_path / 'classifier.py'), '--out', 'found',
+         '--ablate', cwd=tmp_path)
+    model, = Report.read(tmp_path / 'found/report.json').models.values()
+    assert model.ablation.main == 'accuracy/top1'
+    assert model.ablation.curves['accuracy/top1'][0][0] == 50  # two images alike, of two classes
+    assert next(iter(model.correlation['output'])) == 'bn1.ce' and 'bn1' in model.small_gamma
+
+
+class Perfect:
+    """Detects what is there, in the coordinates of the annotations."""
+
+    def val_step(self, data):
+        for sample in data['data_samples']:
+            boxes, labels = sample.gt_instances.bboxes.tensor, sample.gt_instances.labels
+            sample.pred_instances = InstanceData(bboxes=boxes, labels=labels,
+                                                 scores=torch.ones(len(boxes)))
+        return [sample.to_dict() for sample in data['data_samples']]
+
+
+def change(cfg, case):
+    dataset, metric = cfg.val_dataloader.dataset, cfg.val_evaluator
+    if case == 'several evaluators':
+        cfg.val_evaluator = [metric, dict(metric, prefix='again')]
+    elif case == 'evaluator of metrics':
+        cfg.val_evaluator = dict(metrics=[metric])
+    elif case == 'concatenated':
+        cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[
+            dict(dataset, indices=2), dict(dataset, indices=[4, 5])])
+    elif case == 'repeated':
+        cfg.val_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=dict(
+            type='RepeatDataset', times=1, dataset=dataset))
+    elif case == 'no root':
+        dataset.update(ann_file=f'{dataset.data_root}{dataset.ann_file}', data_prefix=dict(
+            img=f'{dataset.data_root}{dataset.data_prefix.img}'), data_root=None)
+
+
+@pytest.mark.parametrize('case', ['plain', 'several evaluators', 'evaluator of metrics',
+                                  'concatenated', 'repeated', 'no root'])
+def test_first_images_of_any_data_set_and_evaluator(case, shapes, tmp_path, monkeypatch):
+    """A perfect detector has an AP of 1, which it has not if other images count too."""
+    monkeypatch.setenv('COCO_ROOT', str(shapes))
+    cfg = load_config(CONFIG, {'val_evaluator.metric': 'bbox'})
+    change(cfg, case)
+    loader = build_loader(cfg, images=3)
+    metrics = evaluate(Perfect(), loader, build_evaluator(cfg, loader.dataset, tmp_path))
+    assert len(loader.dataset) == 3
+    found = {name: value for name, value in metrics.items() if name.endswith('bbox_mAP')}
+    assert set(found) == {'coco/bbox_mAP', *['again/bbox_mAP'] * (case == 'several evaluators')}
+    assert set(found.values()) == {1.0}
+
+
+def test_annotations_that_cannot_be_cut_and_data_without_images(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv('COCO_ROOT', str(shapes))
+    cfg = load_config(CONFIG, {'val_evaluator.ann_file': str(tmp_path / 'lines.odgt')})
+    (tmp_path / 'lines.odgt').write_text('{"ID": 1}\n{"ID": 2}\n')
+    with pytest.raises(InputError, match=r'no annotations in COCO.s format,.* all 6 images'):
+        build_evaluator(cfg, build_loader(cfg, images=3).dataset, tmp_path)
+    content = json.loads((shapes / 'annotations/instances_val2017.json').read_text())
+    cfg.val_dataloader.dataset.ann_file = str(tmp_path / 'empty.json')
+    (tmp_path / 'empty.json').write_text(json.dumps({**content, 'images': [], 'annotations': []}))
+    with pytest.raises(InputError, match='check that it has images'):
+        build_loader(cfg, images=3)
+
+
+@pytest.mark.parametrize(('name', 'change', 'message'), [
+    ('ce.pth', ['--layer', 'layer9'], "no layer 'layer9'"),
+    ('ce.pth', ['--ablate', '--ablated-layers', 'x'], "'x' matches the whole name of no norm"),
+    ('missing.pth', [], 'checkpoint not found: '),
+])
+def test_refusals_are_one_line_and_leave_nothing(models, shapes, tmp_path, name, change, message):
     config, checkpoint = models['ce']
-    if change == ['missing']:
-        change, checkpoint = [], 'missing.pth'
-    if change == ['empty']:
-        content = json.loads((shapes / 'annotations/instances_val2017.json').read_text())
-        empty = tmp_path / 'empty.json'
-        empty.write_text(json.dumps({**content, 'images': [], 'annotations': []}))
-        new = tmp_path / 'empty.py'
-        new.write_text(f"_base_ = '{config}'\nval_dataloader = dict(dataset=dict("
-                       f"ann_file='{empty}'))\n")
-        change, config = [], new
-    result = tool('analyze_channels.py', config, checkpoint, '--out', 'found', '--images', 1,
-                  *change, cwd=tmp_path, check=False, env=dict(COCO_ROOT=str(shapes)))
+    result = tool('analyze_channels.py', config, checkpoint.with_name(name), '--out', 'found',
+                  '--images', 1, *change, cwd=tmp_path, check=False,
+                  env=dict(COCO_ROOT=str(shapes)))
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[-1]
-    assert not (tmp_path / 'found' / 'report.json').exists()
+    assert not (tmp_path / 'found').exists()
