@@ -42,11 +42,11 @@ if _works('torch'):
     if _works('mmengine.hooks'):
         from mmengine.registry import MODELS
 
-        from .engine import ChannelHealthHook, ExactResumeHook
+        from .engine import ChannelHealthHook, DataCheckHook, ExactResumeHook
 
         MODELS.register_module(module=CE)
         MODELS.register_module(module=SyncCE)
-        __all__ += ['ChannelHealthHook', 'ExactResumeHook']
+        __all__ += ['ChannelHealthHook', 'DataCheckHook', 'ExactResumeHook']
 
         if _works('mmcv.cnn'):
             from .models.norm_layers import CEBN, CEGN, CEIN, CESyncBN

@@ -107,16 +107,15 @@ def main():
     from cenet_mmdet.analysis.report import short_names
     from cenet_mmdet.analysis.report_page import write_report
     from cenet_mmdet.analysis.validation_data import build_evaluator, build_loader
-    from cenet_mmdet.engine.preflight import check_files
+    from cenet_mmdet.engine.data_errors import explain_data_errors
     from cenet_mmdet.models.build import load_config, load_model
 
     given = [*((arguments.config, path) for path in arguments.checkpoints), *arguments.against]
     names = short_names([Path(checkpoint) for _, checkpoint in given])
     models = {name: load_model(*files).to(arguments.device) for name, files in zip(names, given)}
     cfg = load_config(arguments.config)
-    cfg.load_from, cfg.resume = None, False  # check_files would look for them
-    check_files(cfg, ('val', ), weights=False)
-    loader = build_loader(cfg, arguments.images)
+    with explain_data_errors(cfg):
+        loader = build_loader(cfg, arguments.images)
     with tempfile.TemporaryDirectory() as folder:
         evaluator = build_evaluator(cfg, loader.dataset, folder) if arguments.ablate else None
         report, images, maps = measure(models, loader, arguments)

@@ -230,13 +230,16 @@ def model_data(model, images, size, device):
     """Generated images with what their model learns from them."""
     import torch
 
+    from cenet_mmdet.models.build import input_channels
+
+    channels = input_channels(model)
     if hasattr(model, 'head'):  # a classifier
         from mmpretrain.structures import DataSample
         height, width = size or SIZES['classifier']
-        return dict(inputs=[torch.zeros(3, height, width) for _ in range(images)],
+        return dict(inputs=[torch.zeros(channels, height, width) for _ in range(images)],
                     data_samples=[DataSample().set_gt_label(0) for _ in range(images)])
     from mmdet.testing import demo_mm_inputs
-    return demo_mm_inputs(images, image_shapes=[(3, *(size or SIZES['detector']))] * images,
+    return demo_mm_inputs(images, image_shapes=[(channels, *(size or SIZES['detector']))] * images,
                           num_items=[8] * images, num_classes=2, with_mask=True, device=device)
 
 
@@ -287,11 +290,10 @@ def measure_inference(arguments):
     from cenet_mmdet import CE
     from cenet_mmdet.deploy import fuse_ce
     from cenet_mmdet.deploy.export import DensePart
-    from cenet_mmdet.models.build import build_model
+    from cenet_mmdet.models.build import build_model, input_channels
 
     torch.manual_seed(0)
     runs = {}
-    example = torch.randn(1, 3, 224, 224, device=arguments.device)
     for path in arguments.configs:
         model = build_model(path).to(arguments.device)
         model.eval()
@@ -299,7 +301,8 @@ def measure_inference(arguments):
             if isinstance(ce, CE):
                 ce.num_batches_tracked.fill_(1)  # what the statistics are takes no time
         folded = copy.deepcopy(model)
-        fuse_ce(DensePart(folded), example)
+        fuse_ce(DensePart(folded),
+                torch.randn(1, input_channels(model), 224, 224, device=arguments.device))
         runs[f'{Path(path).stem}, folded'] = evaluation(folded, arguments)
         runs[Path(path).stem] = evaluation(model, arguments)
     return ratios(take_turns(runs, arguments.repeats))

@@ -41,16 +41,15 @@ def ground_truth(sample):
 def main():
     arguments = parse_args()
     from mmdet.registry import DATASETS, VISUALIZERS
-    from mmengine.registry import init_default_scope
     from rich.progress import track
 
-    from cenet_mmdet.engine.preflight import check_files
-    from cenet_mmdet.models.build import load_config
+    from cenet_mmdet.engine.data_errors import explain_data_errors
+    from cenet_mmdet.models.build import init_scope, load_config
 
     cfg = load_config(arguments.config, arguments.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    check_files(cfg, ('train', ), weights=False)
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    init_scope(cfg)
+    with explain_data_errors(cfg):
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
     visualizer = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = dataset.metainfo
     for item in track(dataset, 'drawing', total=len(dataset)):

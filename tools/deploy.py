@@ -82,7 +82,7 @@ def export(folded, path, images):
     session = onnxruntime.InferenceSession(str(path))
     height, width = images.shape[2:]
     for size in ((height, width), (2 * STRIDE, 3 * STRIDE), (width, height)):
-        image = torch.randn(1, 3, *size)
+        image = torch.randn(1, images.shape[1], *size)
         outputs = session.run(None, {'images': np.asarray(image)})
         with torch.inference_mode():
             error = deviation([torch.from_numpy(o) for o in outputs], folded(image))
@@ -96,11 +96,11 @@ def main():
     arguments = parse_args()
     import torch
 
-    from cenet_mmdet.models.build import load_model
+    from cenet_mmdet.models.build import input_channels, load_model
 
     model = load_model(arguments.config, arguments.checkpoint)
     torch.manual_seed(0)
-    images = torch.randn(1, 3, *arguments.size)
+    images = torch.randn(1, input_channels(model), *arguments.size)
     folded = fold(model, images)
     if arguments.onnx:
         export(folded, arguments.onnx, images)

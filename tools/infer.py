@@ -69,7 +69,7 @@ def find_images(paths, out):
         if pictures in (path, *path.parents):
             sys.exit(f'{given} would be overwritten: pictures go to {pictures}. '
                      'Name another folder with --out.')
-        candidates = sorted(path.rglob('*')) if path.is_dir() else [path]
+        candidates = sorted(files_below(path)) if path.is_dir() else [path]
         images = [file for file in candidates if file.suffix.lower() in SUFFIXES
                   and not file.is_dir() and pictures not in file.parents]
         if not images:
@@ -78,6 +78,17 @@ def find_images(paths, out):
         folders.append(path if path.is_dir() else path.parent)
     common = Path(os.path.commonpath(folders))
     return {path.relative_to(common).as_posix(): path for path in found}
+
+
+def files_below(folder):
+    """Files in a folder and its subfolders; links are followed, each folder once."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        yield from (Path(path, name) for name in names)
 
 
 def pick_device(name):
@@ -93,16 +104,13 @@ def pick_device(name):
 
 def read_config(path, checkpoint):
     """The config, or an exit with one line if it or the checkpoint cannot be used."""
-    from cenet_mmdet.engine.preflight import missing_files
+    from cenet_mmdet.engine.weights import check_checkpoint
     from cenet_mmdet.models.build import load_config
 
     cfg = load_config(path)
-    if cfg.get('default_scope', 'mmdet') != 'mmdet':
+    if (cfg.get('default_scope') or 'mmdet') != 'mmdet':
         sys.exit(f'{path} is not the config of a detector')
-    cfg.load_from, cfg.resume = checkpoint, False
-    problems = missing_files(cfg, splits=())
-    if problems:
-        sys.exit(problems[0])
+    check_checkpoint(checkpoint)
     cfg.model.backbone.init_cfg = None  # all weights are the checkpoint's
     cfg.visualizer = dict(type='DetLocalVisualizer')  # pictures are written here, nowhere else
     return cfg
@@ -133,8 +141,9 @@ def class_names(checkpoint, cfg):
     """The checkpoint's, or the config's where it is a bare state dict."""
     from mmdet.registry import DATASETS
 
-    meta = checkpoint.get('meta', {}).get('dataset_meta', {})
-    names = {key.lower(): value for key, value in meta.items()}.get('classes')
+    meta = checkpoint.get('meta', {})
+    meta = {**meta, **meta.get('dataset_meta', {})}
+    names = meta.get('classes') or meta.get('CLASSES')  # the latter of older versions
     return names or DATASETS.build(
         {**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo['classes']
 
@@ -145,8 +154,9 @@ def fuse(model, device):
 
     from cenet_mmdet.deploy import fuse_ce
     from cenet_mmdet.deploy.export import DensePart
+    from cenet_mmdet.models.build import input_channels
 
-    fuse_ce(DensePart(model), torch.randn(1, 3, 256, 256, device=device))
+    fuse_ce(DensePart(model), torch.randn(1, input_channels(model), 256, 256, device=device))
 
 
 def is_readable(path):

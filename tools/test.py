@@ -4,14 +4,15 @@
     COCO_ROOT=/data/coco python tools/test.py configs/mask_rcnn_ce_r50.py \\
         work_dirs/mask_rcnn_ce_r50/epoch_24.pth --show-dir pictures
 
-The arguments are those of MMDetection's tools/test.py. Missing data and weights are named before
-anything starts. Without a GPU it runs on the CPU, with several processes too.
+The arguments are those of MMDetection's tools/test.py. Without a GPU it runs on the CPU, with
+several processes too.
 """
 import copy
 
 from cenet_mmdet.engine.cpu_distributed import process_group
-from cenet_mmdet.engine.preflight import check_files
+from cenet_mmdet.engine.data_errors import explain_data_errors
 from cenet_mmdet.engine.run_config import build_runner, run_config, run_parser
+from cenet_mmdet.engine.weights import check_checkpoint
 from cenet_mmdet.utils.errors import InputError, exit_on_input_error
 
 
@@ -31,6 +32,7 @@ def parse_args():
 
 def testing_config(arguments):
     cfg = run_config(arguments)
+    check_checkpoint(arguments.checkpoint)
     cfg.load_from = arguments.checkpoint
     cfg.resume = False
     if arguments.out and not arguments.out.endswith(('.pkl', '.pickle')):
@@ -71,8 +73,7 @@ def test(cfg, out):
 def main():
     arguments = parse_args()
     cfg = testing_config(arguments)
-    check_files(cfg, ('test', ))
-    with process_group(cfg):
+    with process_group(cfg), explain_data_errors(cfg):
         test(cfg, arguments.out)
 
 

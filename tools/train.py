@@ -4,11 +4,12 @@
     COCO_ROOT=/data/coco CE_RESNET50_CHECKPOINT=ce_resnet50.pth \\
         python tools/train.py configs/mask_rcnn_ce_r50.py --amp
 
-The arguments are those of MMDetection's tools/train.py. Missing data and weights are named before
-anything starts. Without a GPU it runs on the CPU, with several processes too.
+The arguments are those of MMDetection's tools/train.py. Without a GPU it runs on the CPU, with
+several processes too.
 """
+from cenet_mmdet.checkpoint.resumable import check_resumable, last_checkpoint
 from cenet_mmdet.engine.cpu_distributed import process_group
-from cenet_mmdet.engine.preflight import check_files
+from cenet_mmdet.engine.data_errors import explain_data_errors
 from cenet_mmdet.engine.run_config import build_runner, run_config, run_parser
 from cenet_mmdet.utils.errors import InputError, exit_on_input_error
 
@@ -41,15 +42,17 @@ def training_config(arguments):
                              'auto_scale_lr = dict(base_batch_size=16) to it.')
         cfg.auto_scale_lr.enable = True
     if arguments.resume:
-        cfg.resume = True
-        cfg.load_from = None if arguments.resume == 'auto' else arguments.resume
+        cfg.load_from = (last_checkpoint(cfg.work_dir) if arguments.resume == 'auto'
+                         else arguments.resume)
+        cfg.resume = cfg.load_from is not None
+        if cfg.resume:
+            check_resumable(cfg.load_from)
     return cfg
 
 
 def main():
     cfg = training_config(parse_args())
-    check_files(cfg, ('train', 'val'))
-    with process_group(cfg):
+    with process_group(cfg), explain_data_errors(cfg):
         build_runner(cfg).train()
 
 

@@ -82,15 +82,16 @@ def config_complexity(path, size: Optional[Tuple[int, int]] = None) -> Complexit
     Raises:
         InputError: there is no such config.
     """
-    from ..models.build import build_model
+    from ..models.build import build_model, input_channels
 
     torch.manual_seed(0)
     model = build_model(path)
+    channels = input_channels(model)
     if not (hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')):
-        image = torch.randn(1, 3, *(size or (224, 224)))
+        image = torch.randn(1, channels, *(size or (224, 224)))
         return complexity(model, lambda: model(image))
     from mmdet.testing import demo_mm_inputs
 
-    data = demo_mm_inputs(1, image_shapes=[(3, *(size or (800, 1344)))], with_mask=True)
+    data = demo_mm_inputs(1, image_shapes=[(channels, *(size or (800, 1344)))], with_mask=True)
     data = model.data_preprocessor(data, False)
     return complexity(model, lambda: model(**data, mode='predict'))

@@ -108,7 +108,7 @@ def to_released(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
             continue
         layer, name = match.group(), key[match.end():]
         if name == 'strength':
-            raise CheckpointError(f'{key}: the authors\' layer has no identity_start. Convert a '
+            raise CheckpointError(f"{key}: the authors' layer has no identity_start. Convert a "
                                   'network without it.')
         if name == 'num_batches_tracked':
             continue  # the authors' layer counts nothing

@@ -109,10 +109,5 @@ def _find_layers() -> str:
 def _find_files(config: Path) -> str:
     from mmengine.config import Config
 
-    from ..engine.preflight import missing_files
-    cfg = Config.fromfile(str(config))
-    problems = missing_files(cfg, ('train', 'val'))
-    if 'torchvision://' in str(cfg.get('model')) and _import_error('torchvision'):
-        problems.append('weights from torchvision:// need torchvision, which does not work here. '
-                        'Name a file in RESNET50_CHECKPOINT or the variable that the config reads.')
-    return '\n  '.join(problems)
+    from ..engine.job import job_problems
+    return '\n  '.join(job_problems(Config.fromfile(str(config))))

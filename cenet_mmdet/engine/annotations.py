@@ -12,9 +12,11 @@ from collections import Counter
 from functools import cached_property
 from typing import Dict, Iterator, List, Sequence, Union
 
-# What MMDetection or pycocotools read of each entry, beside ids and boxes.
+# What MMDetection or pycocotools read of each entry, beside ids. A data set cannot be built without
+# those of the first two lines; the others are missed in the first step or evaluation.
 IMAGE_FIELDS = ('file_name', 'height', 'width')
-ANNOTATION_FIELDS = ('bbox', 'area', 'iscrowd')
+NEEDED = ('bbox', 'area')
+MISSED_LATE = ('iscrowd', 'segmentation')
 EXAMPLES = 3
 
 
@@ -32,13 +34,12 @@ class AnnotationFile:
     def categories(self) -> List[Dict]:
         """The file's categories, in its order."""
         with self._bytes() as text:
-            for match in re.finditer(rb'"categories"\s*:\s*\[', text):
-                end = text.find(b']', match.end())
-                try:
-                    return json.loads(text[match.end() - 1:end + 1])
-                except ValueError:  # a list inside, or the word in another place
-                    continue
-        return self._content['categories']
+            start = text.rfind(b'"categories"')  # they stand behind the annotations as a rule
+            found = re.match(rb'"categories"\s*:\s*(\[[^]]*\])', text[start:start + (1 << 20)])
+        try:
+            return json.loads(found[1])
+        except (TypeError, ValueError):  # a list inside, or the word in another place
+            return self._content['categories']
 
     @cached_property
     def file_names(self) -> List[str]:
@@ -47,27 +48,30 @@ class AnnotationFile:
             return [name.decode() for name in re.findall(rb'"file_name"\s*:\s*"([^"]*)"', text)]
 
     def problems(self, classes: Sequence[str], with_masks: bool) -> Iterator[str]:
-        """What would go wrong with these classes, a text for each.
+        """What would go wrong in a data set that was built, a text for each.
 
         Args:
             classes: of the data set, in the order of the labels.
             with_masks: whether masks are loaded.
         """
         yield from self._class_problems(classes)
-        fields = ANNOTATION_FIELDS + ('segmentation', ) * with_masks
+        fields = MISSED_LATE if with_masks else MISSED_LATE[:1]
         with self._bytes() as text:
-            counts = {name: len(re.findall(rb'"%s"\s*:' % name.encode(), text))
-                      for name in ('image_id', *fields, *IMAGE_FIELDS)}
-        annotations, images = counts['image_id'], counts['file_name']
-        if (any(counts[name] != annotations for name in fields)
-                or any(counts[name] != images for name in IMAGE_FIELDS)):
-            yield from self._missing('images', IMAGE_FIELDS)
+            annotations = len(re.findall(rb'"image_id"\s*:', text))
+            counts = [len(re.findall(rb'"%s"\s*:' % name.encode(), text)) for name in fields]
+        if any(count != annotations for count in counts):
             yield from self._missing('annotations', fields)
+
+    def build_problems(self, classes: Sequence[str]) -> Iterator[str]:
+        """What keeps a data set from being built, a text for each."""
+        yield from self._class_problems(classes)
+        yield from self._missing('images', IMAGE_FIELDS)
+        yield from self._missing('annotations', NEEDED)
 
     def _class_problems(self, classes: Sequence[str]) -> Iterator[str]:
         if isinstance(classes, str):
-            yield (f'classes is the text {classes!r}, of which each letter counts as a class. Write '
-                   f'a tuple: classes=({classes!r}, )')
+            yield (f'classes is the text {classes!r}, and each of its letters counts as a class. '
+                   f'Write a tuple: classes=({classes!r}, )')
             return
         names = [category['name'] for category in self.categories]
         unknown = [name for name in classes if name not in names]
@@ -75,15 +79,16 @@ class AnnotationFile:
             nearest = difflib.get_close_matches(unknown[0], names, n=1)
             yield (f'{len(unknown)} of {len(classes)} classes are not in the file: '
                    f'{_some(unknown)}' + (f' (did you mean {nearest[0]!r}?)' if nearest else '')
-                   + f'. It has {_some(names)}. Write the names as the file has them: labels behind '
-                   'a missing one are those of other classes')
+                   + f'. It has {_some(names)}. Write the names as the file has them: a missing '
+                   'one shifts the labels behind it')
             return
         in_file = tuple(name for name in names if name in classes)
         if in_file != tuple(classes):
             first = next(i for i, (a, b) in enumerate(zip(classes, in_file)) if a != b)
-            yield (f'labels are numbered in the order of the file, not of classes: label {first} is '
-                   f'{in_file[first]!r} in the file and {classes[first]!r} in classes. Write classes='
-                   f'{in_file}, or put the categories of the file into the order of classes')
+            yield ('labels are numbered in the order of the file, not of classes: label '
+                   f'{first} is {in_file[first]!r} in the file and {classes[first]!r} in classes. '
+                   f'Write classes={in_file}, or put the categories of the file into the order of '
+                   'classes')
 
     def _missing(self, kind: str, fields: Sequence[str]) -> Iterator[str]:
         lacking = Counter(name for entry in self._content[kind] for name in fields

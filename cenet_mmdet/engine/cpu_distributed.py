@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator, Optional, Sequence
 
 import torch.distributed as dist
+
 # Imported after a group was made, its functions would keep that group alive as their default.
 import torch.distributed.nn  # noqa: F401
 from mmengine.config import Config

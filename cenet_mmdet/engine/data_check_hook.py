@@ -134,7 +134,8 @@ def _size_problems(dataset) -> Iterator[str]:
     if load is None or not len(dataset):
         return
     wrong: Dict[str, str] = {}
-    for index in range(0, len(dataset), max(len(dataset) // SIZES, 1)):
+    chosen = range(0, len(dataset), max(len(dataset) // SIZES, 1))
+    for index in chosen:
         info = dataset.get_data_info(index)
         loaded = load(dict(img_path=info['img_path']))['img'].shape[:2]
         expected = info['height'], info['width']
@@ -143,10 +144,9 @@ def _size_problems(dataset) -> Iterator[str]:
                                        f'{loaded[0]} x {loaded[1]} as loaded')
     if wrong:
         path, sizes = next(iter(wrong.items()))
-        yield (f'{len(wrong)} of {len(range(0, len(dataset), max(len(dataset) // SIZES, 1)))} images '
-               f'looked at have another height x width than the file says: {path} is {sizes}. '
-               'Boxes and masks do not fit them. Pictures of cameras may be stored rotated (EXIF): '
-               'write them upright, or correct the file')
+        yield (f'{len(wrong)} of {len(chosen)} images looked at have another height x width than '
+               f'the file says: {path} is {sizes}. Boxes and masks do not fit them. Pictures of '
+               'cameras may be stored rotated (EXIF): write them upright, or correct the file')
 
 
 def evaluator_problems(name: str, metric, dataset) -> Iterator[str]:
@@ -167,8 +167,8 @@ def evaluator_problems(name: str, metric, dataset) -> Iterator[str]:
     for field in fields:
         lacking = [str(ann['id']) for ann in coco.anns.values() if field not in ann]
         if lacking:
-            yield (f'{name}: {len(lacking)} of {len(coco.anns)} annotations have no {field!r}, such '
-                   f'as id {", ".join(lacking[:EXAMPLES])}. Add it, or name another ann_file.')
+            yield (f'{name}: {len(lacking)} of {len(coco.anns)} annotations have no {field!r}, '
+                   f'such as id {", ".join(lacking[:EXAMPLES])}. Add it, or name another ann_file.')
     folder = dataset.data_prefix.get('img') or ''
     other = [info['img_path'] for info in map(dataset.get_data_info, range(len(dataset)))
              if _evaluated_as(coco, info['img_id'], folder) != Path(info['img_path'])]

@@ -1,13 +1,15 @@
 """Models of config files, as tools need them."""
 import os
+import re
 import textwrap
 from pathlib import Path
 from typing import Dict, Optional, Union
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import load_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from ..utils.errors import InputError
@@ -78,6 +80,8 @@ def load_model(config: PathLike, checkpoint: PathLike) -> nn.Module:
 def load_weights(model: nn.Module, checkpoint: PathLike, config: PathLike) -> Dict:
     """Load all weights of a model from a checkpoint; the checkpoint.
 
+    Entries `ema_*`, which MMDetection 2.x keeps beside the weights, are passed over.
+
     Args:
         model: what the config builds.
         checkpoint: path.
@@ -86,8 +90,24 @@ def load_weights(model: nn.Module, checkpoint: PathLike, config: PathLike) -> Di
     Raises:
         InputError: an entry is missing, too many, or of another shape.
     """
+    content = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu')
+    expected = model.state_dict()
+    entries = {re.sub(r'^module\.', '', key): value
+               for key, value in content.get('state_dict', content).items()}
+    extra = [key for key in entries if key.startswith('ema_') and key not in expected]
+    for key in extra:
+        del entries[key]
+    if extra:
+        print_log(f'{checkpoint}: {len(extra)} entries ema_* of MMDetection 2.x are passed over',
+                  logger='current')
     try:
-        return load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
+        model.load_state_dict(entries)
     except (ValueError, RuntimeError, KeyError) as error:
         raise InputError(f'{checkpoint} does not fit {config}: '
                          f'{textwrap.shorten(str(error), 500)}') from error
+    return content
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes: those of its first convolution."""
+    return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))

@@ -2,4 +2,4 @@
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 custom_imports = dict(imports=['cenet_mmdet'])
-custom_hooks = [dict(type='ExactResumeHook')]
+custom_hooks = [dict(type='ExactResumeHook'), dict(type='DataCheckHook')]

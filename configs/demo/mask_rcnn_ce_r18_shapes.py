@@ -85,5 +85,6 @@ default_hooks = dict(
     checkpoint=dict(interval=max_epochs))
 custom_hooks = [
     dict(type='ExactResumeHook'),
+    dict(type='DataCheckHook'),
     dict(type='ChannelHealthHook', interval=50),
 ]
