@@ -177,11 +177,14 @@ def saved_model(runner):
     ('none', {'lambda_logit', '0.weight', '1.weight', '1.bias', '3.weight'}),
     ('adaptive', set()), ('all', set())])
 def test_freeze_in_a_norm_cfg(freeze, learns):
-    """MMCV lets every parameter of a norm learn once it is built; what CE froze stays frozen."""
-    _, norm = build_norm_layer(dict(type='CEBN', ce_cfg=dict(freeze=freeze)), 16)
-    assert norm.norm.weight.requires_grad
-    assert {name.replace('reweighting.', '') for name, p in norm.ce.named_parameters()
-            if p.requires_grad} == learns
+    """MMCV lets every parameter of a norm learn once it is built; what CE froze is frozen anew."""
+    for use in (lambda norm: norm.to('cpu'), lambda norm: norm.train(), lambda norm: norm.eval(),
+                lambda norm: norm.init_weights()):
+        _, norm = build_norm_layer(dict(type='CEBN', ce_cfg=dict(freeze=freeze)), 16)
+        use(norm)
+        assert norm.norm.weight.requires_grad
+        assert {name.replace('reweighting.', '') for name, p in norm.ce.named_parameters()
+                if p.requires_grad} == learns
     _, norm = build_norm_layer(dict(type='CEBN', requires_grad=False), 16)
     assert not any(p.requires_grad for p in norm.parameters())
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cenet_mmdet import CE, SyncCE
 from cenet_mmdet.engine.cpu_distributed import CPUDistributedDataParallel
-from cenet_mmdet.engine.preflight import missing_files
+from cenet_mmdet.engine.data_errors import data_problems
 
 CONFIGS = ROOT / 'configs'
 
@@ -200,7 +200,6 @@ class TestFilesOf2014:
 
     def test_both_training_files_and_mini_val_are_read(self, coco2014):
         cfg = Config.fromfile(CONFIGS / 'mask_rcnn_ce_r50.py')
-        assert missing_files(cfg, ('test', )) == []
         metainfo = dict(classes=('disk', 'square', 'triangle', 'star', 'cross'))
         for part in cfg.train_dataloader.dataset.datasets:
             part.metainfo = metainfo
@@ -218,8 +217,9 @@ class TestFilesOf2014:
 
     def test_a_missing_part_is_named(self, coco2014):
         (coco2014 / 'annotations/instances_valminusminival2014.json').unlink()
-        problem, = missing_files(Config.fromfile(CONFIGS / 'mask_rcnn_r50.py'), ('train', ))
-        assert 'instances_valminusminival2014.json. Set COCO_ROOT' in problem
+        problem = data_problems(Config.fromfile(CONFIGS / 'mask_rcnn_r50.py'))[0]
+        assert 'instances_valminusminival2014.json is not there' in problem
+        assert f"set COCO_ROOT (now '{coco2014}')" in problem
 
     def test_other_years_are_refused(self, monkeypatch):
         monkeypatch.setenv('COCO_YEAR', '2015')

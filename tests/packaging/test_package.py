@@ -6,11 +6,8 @@ from importlib.metadata import requires
 
 import pytest
 from conftest import ROOT, run
-from mmengine import hub
 from mmengine.config import Config
 from mmengine.fileio import load
-
-import cenet_mmdet
 
 WITHOUT = '''
 import sys
@@ -51,52 +48,6 @@ def test_make_help_lists_the_commands():
                          check=True).stdout
     for command in ('make demo', 'make test', 'make lint', 'make setup'):
         assert command in out
-
-
-class TestConfigScope:
-
-    @staticmethod
-    def derived(folder, base):
-        path = folder / f'{base.count("/")}.py'
-        path.write_text(f'_base_ = {base!r}\nmodel = dict(backbone=dict(frozen_stages=2))\n')
-        return Config.fromfile(path)
-
-    def test_a_base_by_name_is_the_base_by_path(self, tmp_path):
-        by_name = self.derived(tmp_path, 'cenet_mmdet::mask_rcnn_ce_r50.py')
-        by_path = self.derived(tmp_path, str(ROOT / 'configs' / 'mask_rcnn_ce_r50.py'))
-        assert by_name.to_dict() == by_path.to_dict()
-        assert by_name.model.backbone.type == 'CEResNet'
-        assert by_name.model.backbone.frozen_stages == 2
-
-    def test_bases_of_other_packages_are_resolved_as_before(self, tmp_path):
-        cfg = self.derived(tmp_path, 'mmdet::_base_/models/mask-rcnn_r50_fpn.py')
-        assert cfg.model._scope_ == 'mmdet'
-        with pytest.raises(AssertionError, match='does not support to load elsewhere'):
-            self.derived(tmp_path, 'elsewhere::a/b.py')
-
-    @pytest.mark.parametrize('name', ['mask_rcnn_ce_50.py', '../setup.py', '/etc/hostname'])
-    def test_an_unknown_name_gets_the_nearest(self, name, tmp_path):
-        with pytest.raises(FileNotFoundError) as error:
-            self.derived(tmp_path, f'cenet_mmdet::{name}')
-        assert f'no config {name!r}' in str(error.value)
-        if name.startswith('mask'):
-            assert 'nearest there are mask_rcnn_ce_r50.py or ' in str(error.value)
-
-    def test_the_hub(self):
-        name = 'cenet_mmdet::demo/mask_rcnn_ce_r18_shapes.py'
-        assert hub.get_config(name).model.backbone.base_channels == 24
-        model = hub.get_model(name)
-        assert type(model).__name__ == 'MaskRCNN'
-        assert isinstance(model.backbone, cenet_mmdet.CEResNet)
-        with pytest.raises(ValueError, match='no weights to download'):
-            hub.get_model(name, pretrained=True)
-        name = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
-        assert hub.get_config(name).model.type == 'RetinaNet'
-
-    @pytest.mark.parametrize('function', ['get_config', 'get_model'])
-    def test_functions_of_the_hub_from_before_say_what_to_do(self, function):
-        with pytest.raises(ImportError, match=r'Import cenet_mmdet first\.'):
-            getattr(hub, function).__wrapped__('cenet_mmdet::mask_rcnn_ce_r50.py')
 
 
 @pytest.fixture(scope='module')

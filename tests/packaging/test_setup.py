@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import LEGACY, ROOT, run
 
-sys.path.insert(0, str(ROOT / "tools" / "dev"))
+sys.path.insert(0, str(ROOT / 'tools' / 'dev'))
 import setup_env
 from setup_env import STACKS, SetupError, Steps, ninja_progress, pip_progress
 
