@@ -13,8 +13,6 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import InputError, exit_on_input_error
-
 FRACTIONS = [i / 10 for i in range(10)]  # of zeroed channels
 MAPS = 4  # images with a map of feature magnitudes
 
@@ -83,6 +81,7 @@ def ablate(model, loader, evaluator, arguments):
     from cenet_mmdet.analysis import ablation_curve
     from cenet_mmdet.analysis.report import Ablation
     from cenet_mmdet.analysis.validation_data import evaluate
+    from cenet_mmdet.utils.errors import InputError
 
     names = []
     with Progress() as progress:
@@ -101,9 +100,7 @@ def ablate(model, loader, evaluator, arguments):
     return Ablation(FRACTIONS, {name: curve.tolist() for name, curve in curves.items()})
 
 
-def main():
-    arguments = parse_args()
-    # after the parsing, so that --help answers at once
+def main(arguments):
     from cenet_mmdet.analysis.report import short_names
     from cenet_mmdet.analysis.report_page import write_report
     from cenet_mmdet.analysis.validation_data import build_evaluator, build_loader
@@ -128,5 +125,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

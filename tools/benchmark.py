@@ -20,8 +20,6 @@ import statistics
 import time
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
-
 SIZES = {'detector': (800, 1344), 'classifier': (224, 224)}
 # C, H, W of layer1 to layer3
 SHAPES = [(256, 56, 56), (512, 28, 28), (1024, 14, 14),
@@ -353,8 +351,7 @@ def show_models(results):
     Console(soft_wrap=True).print(table)
 
 
-def main():
-    arguments = parse_args()
+def main(arguments):
     if arguments.kind == 'layers':
         results = measure_layers(arguments)
         show_layers(results, arguments.plot)
@@ -372,5 +369,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

@@ -9,8 +9,6 @@ The arguments are those of MMDetection's tools/analysis_tools/browse_dataset.py.
 import argparse
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
-
 
 def parse_args():
     from mmengine.config import DictAction
@@ -38,8 +36,7 @@ def ground_truth(sample):
     return sample
 
 
-def main():
-    arguments = parse_args()
+def main(arguments):
     from mmdet.registry import DATASETS, VISUALIZERS
     from rich.progress import track
 
@@ -62,5 +59,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

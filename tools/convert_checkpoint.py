@@ -14,8 +14,6 @@ torch.load(..., weights_only=True).
 No code that SRC may hold is run.
 """
 import argparse
-import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -37,40 +35,30 @@ def parse_args():
 
 
 def check_paths(src, dst):
-    """Exit with one line if the files cannot be what they are named for."""
-    if not src.is_file():
-        sys.exit(f'checkpoint not found: {src}. Give the path of a file to convert.')
+    """Refuse files that cannot be what they are named for."""
+    from cenet_mmdet.utils.errors import InputError
+
     if not dst.parent.is_dir():
-        sys.exit(f'folder not found: {dst.parent}. Create it, or name a file in another one.')
+        raise InputError(f'folder not found: {dst.parent}. Create it, or name a file in another '
+                         'one.')
     if dst.is_dir():
-        sys.exit(f'{dst} is a folder. Give the path of the file to write.')
-    if dst.exists() and dst.samefile(src):
-        sys.exit(f'SRC and DST are the same file: {src}. Give another path for DST.')
+        raise InputError(f'{dst} is a folder. Give the path of the file to write.')
+    if dst.exists() and src.exists() and dst.samefile(src):
+        raise InputError(f'SRC and DST are the same file: {src}. Give another path for DST.')
 
 
 def read(path):
-    """What torch.save wrote, or an exit with one line."""
-    from cenet_mmdet.checkpoint.load import load
+    """What torch.save wrote, with the checksums compared, which torch.load does not do."""
+    from cenet_mmdet.checkpoint.load import CheckpointError, load
 
-    try:
-        if zipfile.is_zipfile(path):
-            check_sums(path)
-        return load(path)
-    except Exception as error:  # damaged pickles raise about anything
-        sys.exit(f'checkpoint damaged, or not written by torch.save: {path} '
-                 f'({first_line(error)}). Get or write it again.')
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def check_sums(path):
-    """torch.load does not look at checksums, and would hand damaged weights on."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f'wrong checksum in {damaged}')
+    checkpoint = load(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f'not a checkpoint: {path} is damaged (wrong checksum in '
+                                  f'{damaged}). Get or write it again.')
+    return checkpoint
 
 
 def recognise(checkpoint):
@@ -112,17 +100,16 @@ def as_released(state_dict, meta):
 
 
 def write(checkpoint, path):
-    """All of the file or nothing: written beside `path` and moved there in one step."""
-    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    """All of the file or nothing."""
+    from cenet_mmdet.utils.errors import InputError, first_line
+    from cenet_mmdet.utils.files import replacing
+
     try:
-        with open(partial, 'wb') as file:
+        with replacing(path) as partial, open(partial, 'wb') as file:
             torch.save(checkpoint, file)
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        sys.exit(f'cannot write {path} ({first_line(error)}). Make sure that the disk has space '
-                 'and that the folder can be written to.')
-    finally:
-        partial.unlink(missing_ok=True)
+        raise InputError(f'cannot write {path} ({first_line(error)}). Make sure that the disk has '
+                         'space and that the folder can be written to.') from error
 
 
 def summary(state_dict, meta):
@@ -133,18 +120,17 @@ def summary(state_dict, meta):
             f'{meta["ce_layers"] or "none, those of CEResNet will start at their initial values"}')
 
 
-def main():
-    arguments = parse_args()
+def main(arguments):
+    from cenet_mmdet.checkpoint.convert import CheckpointError
+
     check_paths(arguments.src, arguments.dst)
     checkpoint = read(arguments.src)
-    # Takes seconds to import: what is wrong with the files has been said by now.
-    from cenet_mmdet.checkpoint.convert import CheckpointError
     try:
         state_dict, meta = recognise(checkpoint)
         meta['source_file'] = arguments.src.name
         converted = FORMATS[arguments.to](state_dict, meta)
     except CheckpointError as error:
-        sys.exit(f'cannot convert {arguments.src}: {error}')
+        raise CheckpointError(f'cannot convert {arguments.src}: {error}') from None
     write(converted, arguments.dst)
     print(summary(state_dict, meta))
     print(f'written: {arguments.dst}, {len(converted["state_dict"])} entries')
@@ -153,4 +139,8 @@ def main():
 FORMATS = dict(ours=as_ours, released=as_released)
 
 if __name__ == '__main__':
-    main()
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
+    with exit_on_input_error():
+        main(arguments)

@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
-
 STRIDE = 32
 BOUND = 1e-3  # relative to an output's largest value; beyond it no file is left
 
@@ -92,8 +90,7 @@ def export(folded, path, images):
             sys.exit(f'that is more than rounding ({BOUND}): {path} is removed')
 
 
-def main():
-    arguments = parse_args()
+def main(arguments):
     import torch
 
     from cenet_mmdet.models.build import input_channels, load_model
@@ -107,5 +104,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

@@ -12,8 +12,6 @@ import argparse
 import logging
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -24,9 +22,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    arguments = parse_args()
-    # after the parsing, so that --help answers at once
+def main(arguments):
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -47,5 +43,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

@@ -29,8 +29,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
-
 SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
 
 
@@ -218,8 +216,7 @@ def write_json(content, path):
     os.replace(unfinished, path)
 
 
-def main():
-    arguments = parse_args()
+def main(arguments):
     if arguments.out.exists() and not arguments.out.is_dir():
         sys.exit(f'--out {arguments.out} is no folder')
     images = find_images(arguments.images, arguments.out)
@@ -238,5 +235,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

@@ -7,15 +7,16 @@
 import argparse
 from pathlib import Path
 
-from cenet_mmdet.utils.errors import exit_on_input_error
 
-
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='run', help='work dir of a run')
     parser.add_argument('--out', type=Path, required=True, help='picture to write, such as a .png')
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(arguments):
 
     from cenet_mmdet.analysis.figures import training
     from cenet_mmdet.analysis.report import short_names
@@ -28,5 +29,8 @@ def main():
 
 
 if __name__ == '__main__':
+    arguments = parse_args()
+    # The package takes seconds to import; --help answers at once.
+    from cenet_mmdet.utils.errors import exit_on_input_error
     with exit_on_input_error():
-        main()
+        main(arguments)

@@ -1,9 +1,9 @@
 """Looks at data and weights before a run starts: a hook for MMEngine's runner."""
 import os
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -31,26 +31,29 @@ class DataCheckHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner) -> None:
-        _refuse(weight_problems(runner.model, runner.cfg))
+        _refuse(lambda: weight_problems(runner.model, runner.cfg))
 
     def before_train(self, runner) -> None:
-        _refuse([*_loader_problems('train', runner.train_dataloader),
-                 *_val_problems(runner, 'val', runner.val_loop)])
+        _refuse(lambda: [*_loader_problems('train', runner.train_dataloader),
+                         *_loop_problems('val', runner.val_loop)])
 
     def before_val(self, runner) -> None:
         if runner.train_loop is None:
-            _refuse(list(_val_problems(runner, 'val', runner.val_loop)))
+            _refuse(lambda: _loop_problems('val', runner.val_loop))
 
     def before_test(self, runner) -> None:
-        _refuse(list(_val_problems(runner, 'test', runner.test_loop)))
+        _refuse(lambda: _loop_problems('test', runner.test_loop))
 
 
-def _refuse(problems: List[str]) -> None:
-    if problems and is_main_process():
-        raise InputError('\n'.join(f'- {problem}' for problem in dict.fromkeys(problems)))
+def _refuse(find_problems: Callable[[], Iterable[str]]) -> None:
+    """Raise an InputError on all ranks if the main process finds a problem."""
+    found = [list(dict.fromkeys(find_problems())) if is_main_process() else None]
+    broadcast_object_list(found)
+    if found[0]:
+        raise InputError('\n'.join(f'- {problem}' for problem in found[0]))
 
 
-def _val_problems(runner, name: str, loop) -> Iterator[str]:
+def _loop_problems(name: str, loop) -> Iterator[str]:
     if loop is not None:
         yield from _loader_problems(name, loop.dataloader)
         for dataset in leaves(loop.dataloader.dataset):

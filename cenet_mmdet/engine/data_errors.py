@@ -18,7 +18,7 @@ def explain_data_errors(cfg: Config) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError) as error:
         problems = data_problems(cfg)
         if not problems:
             raise
@@ -46,6 +46,8 @@ def _dataset_problems(dataset: Dict, cfg: Config) -> Iterator[str]:
     prefixes = [prefix] if isinstance(prefix, str) else list(prefix.values())
     ann_file = os.path.join(root, dataset.get('ann_file') or '')
     paths = [ann_file, *(os.path.join(root, folder) for folder in prefixes)]
+    if root and '://' not in root and not os.path.isdir(root):
+        paths = [ann_file if dataset.get('ann_file') else root]
     missing = [path for path in paths if path and '://' not in path and not os.path.exists(path)]
     yield from (_not_found(path, cfg) for path in missing)
     if not missing and os.path.isfile(ann_file) and ann_file.endswith('.json'):

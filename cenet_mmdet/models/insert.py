@@ -60,6 +60,11 @@ class NormCE(nn.Module):
         self._freeze()
         return self
 
+    def _apply(self, *args, **kwargs) -> 'NormCE':
+        super()._apply(*args, **kwargs)
+        self._freeze()  # MMEngine moves a model to its device before it is wrapped
+        return self
+
     def _freeze(self) -> None:
         # MMCV sets requires_grad of all parameters of a norm once it is built, and so of CE's.
         if getattr(self.ce, 'freeze', 'none') != 'none':

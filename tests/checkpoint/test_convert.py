@@ -265,9 +265,9 @@ WRONG_FILES = {
     'no folder': ('src.pth missing/dst.pth', dict, r'folder not found: missing\. Create it'),
     'same file': ('src.pth ./src.pth', dict, r'same file: src\.pth\. Give another path for DST'),
     'truncated': ('src.pth dst.pth', lambda: saved(state(18))[:-3000],
-                  r'damaged.*: src\.pth \(.+\)\. Get or write it again'),
+                  r'src\.pth is damaged or was not written by torch\.save \(.+\)\. Get'),
     'wrong numbers': ('src.pth dst.pth', damaged_numbers,
-                      r'damaged.*: src\.pth \(wrong checksum in .*\)\. Get'),
+                      r'src\.pth is damaged \(wrong checksum in .*\)\. Get'),
     'no tensors': ('src.pth dst.pth', lambda: dict(state_dict={}, meta=dict(epoch=3)),
                    r"src\.pth: it holds no tensors\. Expected is a state dict.*'state_dict'"),
     'no ce': ('src.pth dst.pth --to released', lambda: plain(18),
@@ -275,7 +275,7 @@ WRONG_FILES = {
 }
 # More of what SRC may hold, and what the message says.
 WRONG_ENTRIES = {
-    'text': (lambda: b'<html>not found</html>', r'damaged.*: src\.pth \(.+\)\. Get or write it'),
+    'text': (lambda: b'<html>not found</html>', r'src\.pth is damaged or was not written by'),
     'list': (lambda: [torch.zeros(3)], 'it holds no tensors'),
     'other network': (lambda: {'features.0.weight': torch.zeros(3)},
                       r'no ResNet of depth 18, 34, 50, 101, 152: it has no entry of a block'),

@@ -43,7 +43,7 @@ PLUGIN = "dict(type='CE'), stages=(True, True, True, False), position='after_con
 
 @pytest.mark.parametrize('base', [
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    # these two are trained in test_neighbours.py as well, though not by the command line
+    # these two are trained in integration/test_detectors.py as well, though not by the command line
     pytest.param('retinanet/retinanet_r50_fpn_1x_coco.py', marks=pytest.mark.long),
     pytest.param('cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', marks=pytest.mark.long)])
 @pytest.mark.parametrize('backbone', [
