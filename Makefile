@@ -7,7 +7,7 @@ VENV ?= .venv$(if $(filter-out maintained,$(STACK)),-$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-core test-networks lint clean
+.PHONY: help setup demo test test-long test-core test-gpu test-networks lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-core:  ## test the layers alone: make test-core PYTHON=python3.9 TORCH='tor
 	$(CORE)/bin/python -m pip install --no-deps --editable .
 	$(CORE)/bin/python -m pytest tests/test_layer.py tests/test_parity.py tests/test_properties.py \
 		tests/test_decorrelated_norms.py
+
+test-gpu: setup  ## test and measure on a GPU, into build/gpu_report.md; does nothing without one
+	$(RUN) tools/dev/gpu_report.py build/gpu_report.md
 
 NETWORKS ?= .venv-networks
 test-networks:  ## put CE into networks of timm and torchvision and fold them; writes docs/networks.md

@@ -4,15 +4,16 @@
     python tools/benchmark.py layers --json layers.json --plot layers.png
     python tools/benchmark.py models configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
     python tools/benchmark.py inference configs/mask_rcnn_r50.py configs/mask_rcnn_ce_r50.py
+    python tools/benchmark.py operations
     python tools/benchmark.py growth
 
 Everything is a ratio within one run: the candidates take turns, each turn gives a ratio
 to the first candidate, and the table has the median of these; their range is in the
 picture, or beside it, and all of them in the JSON file. `layers` uses the shapes of
 ResNet-50's three CE stages at 224 x 224 and at 800 x 1344. `inference` compares models as
-they are and with their norms and CE folded (`fuse_ce`). `growth` varies one number of
-a layer at a time, beside the least time that its bytes and multiply-adds need on this
-machine.
+they are and with their norms and CE folded (`fuse_ce`). `operations` counts what each layer
+launches, which is the same on every machine. `growth` varies one number of a layer at a time, and
+shows the least time that its bytes and multiply-adds need on this machine.
 """
 import argparse
 import json
@@ -32,6 +33,10 @@ def parse_args():
     kinds = parser.add_subparsers(dest='kind', required=True)
     layers = kinds.add_parser('layers', help='CE, BN + CE, IterNorm, against batch norm')
     layers.add_argument('--plot', type=Path, metavar='PNG', help='draw the ratios')
+    layers.add_argument('--dtype', choices=['float32', 'bfloat16', 'float16'], default='float32',
+                        help='type of the feature maps (%(default)s)')
+    layers.add_argument('--channels-last', action='store_true',
+                        help='memory format of the feature maps')
     models = kinds.add_parser('models', help='training steps of detectors or classifiers')
     inference = kinds.add_parser('inference', help='evaluation of models, folded or not')
     inference.add_argument('--backbone', action='store_true', help='only that')
@@ -40,6 +45,7 @@ def parse_args():
                           help='the first is what the others are compared to')
         kind.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
                           help='of the images (800 1344 for detectors, 224 224 for classifiers)')
+    operations = kinds.add_parser('operations', help='what each layer launches')
     growth = kinds.add_parser('growth', help='CE by channels, group size, pixels and images')
     for kind in (layers, models, inference):
         kind.add_argument('--images', type=int, default=2, help='in a step (%(default)s)')
@@ -47,7 +53,8 @@ def parse_args():
         kind.add_argument('--repeats', type=int, default=5,
                           help='timed turns, after one that is not (%(default)s)')
         kind.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
-        kind.add_argument('--json', type=Path, help='write the ratios of all turns')
+    for kind in (layers, models, inference, growth, operations):
+        kind.add_argument('--json', type=Path, help='write the numbers to this file')
     return parser.parse_args()
 
 
@@ -78,7 +85,8 @@ def ratios(seconds):
     return {name: sorted(a / b for a, b in zip(times, first)) for name, times in seconds.items()}
 
 
-def layer_candidates(shape, images, device, training, group_size=16):
+def layer_candidates(shape, images, device, training, group_size=16, dtype='float32',
+                     channels_last=False):
     """Forward (and backward, in training) of each layer on one feature map."""
     import torch
     from mmdet.models.layers import SELayer
@@ -92,12 +100,15 @@ def layer_candidates(shape, images, device, training, group_size=16):
     norm, ce, whitening, excitation = (layer.to(device).train(training) for layer in (
         nn.BatchNorm2d(channels), CE(channels, group_size=group_size),
         IterNorm(channels, group_size=16), SELayer(channels)))
-    x = torch.randn(images, *shape, device=device, requires_grad=training)
+    x = torch.randn(images, *shape, device=device, dtype=getattr(torch, dtype)).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x.requires_grad_(training)
     grad = torch.randn_like(x)
 
     def run(function):
         def step():
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(training), torch.autocast(
+                    torch.device(device).type, x.dtype, enabled=dtype != 'float32'):
                 out = function(x)
             if training:
                 out.backward(grad)
@@ -118,7 +129,8 @@ def measure_layers(arguments):
     for training in (True, False):
         mode = 'training, forward + backward' if training else 'evaluation, forward'
         results[mode] = {'x'.join(map(str, shape)): ratios(take_turns(
-            layer_candidates(shape, arguments.images, arguments.device, training),
+            layer_candidates(shape, arguments.images, arguments.device, training,
+                             dtype=arguments.dtype, channels_last=arguments.channels_last),
             arguments.repeats)) for shape in track(SHAPES, mode)}
     return results
 
@@ -162,6 +174,29 @@ def draw_layers(results, path):
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def measure_operations(arguments):
+    """Operations of each layer: forward and backward in training, forward in evaluation."""
+    import torch
+
+    from cenet_mmdet.analysis.operations import CountOperations
+
+    counts = {}
+    for training in (True, False):
+        for name, step in layer_candidates((64, 8, 8), 2, 'cpu', training).items():
+            step()  # the first call may look at things
+            with CountOperations() as counted, torch.set_grad_enabled(training):
+                step()
+            mode = 'training' if training else 'evaluation'
+            counts.setdefault(name, {})[mode] = sum(counted.operations.values())
+    return counts
+
+
+def show_operations(counts):
+    print(f'{"operations":14}{"forward + backward":>20}{"evaluation":>12}')
+    for name, modes in counts.items():
+        print(f'{name:14}{modes["training"]:20}{modes["evaluation"]:12}')
 
 
 def measure_growth(arguments):
@@ -358,6 +393,9 @@ def main(arguments):
     elif arguments.kind == 'inference':
         results = measure_inference(arguments)
         show_inference(results)
+    elif arguments.kind == 'operations':
+        results = measure_operations(arguments)
+        show_operations(results)
     elif arguments.kind == 'growth':
         results = measure_growth(arguments)
         show_growth(results)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .arguments import check_eps_and_momentum, check_integers
 from .released_keys import rename_released_keys
 from .steps.apply import apply_operator, apply_weights
-from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped
+from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped, without_autocast
 from .steps.mix import mix
 from .steps.moments import (
     BatchMoments,
@@ -175,7 +175,7 @@ class CE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self, x, self.in_channels)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             maps = grouped(x, self.num_groups)  # (N, G, d, L)
             if self.takes_statistics_from(x):
                 samples = batch_moments(maps) if self.has_bd else instance_moments(maps)

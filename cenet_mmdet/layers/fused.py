@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from .ce import CE
 from .steps.apply import apply_behind
-from .steps.grouping import check_channels, grouped, ungrouped
+from .steps.grouping import check_channels, grouped, ungrouped, without_autocast
 from .steps.moments import (
     BatchMoments,
     batch_moments,
@@ -42,7 +42,7 @@ def batch_norm_ce(norm: nn.Module, ce: nn.Module, z: Tensor) -> Tensor:
 def fused_batch_norm_ce(norm: _BatchNorm, ce: CE, z: Tensor) -> Tensor:
     """ce(norm(z)) in one; `CE.forward` has the same steps."""
     check_channels(ce, z, ce.in_channels)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         maps = grouped(z, ce.num_groups)  # (N, G, d, L)
         if ce.takes_statistics_from(z):
             samples = batch_moments(maps)
@@ -123,7 +123,8 @@ def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:
     wrappers want to see what goes from one to the other. Where only one of the two takes its
     statistics from the batch, or from other ranks, each computes its own.
     """
-    return (isinstance(norm, _BatchNorm) and isinstance(ce, CE) and ce.has_bd
+    return (type(ce).forward is CE.forward and ce.has_bd
+            and isinstance(norm, _BatchNorm)
             and type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
             and (ce.uses_batch_statistics or not uses_batch(norm))
             and _ranks(norm) == _ranks(ce)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from .arguments import check_eps_and_momentum, check_integers
 from .steps.apply import apply_centred
-from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped
+from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped, without_autocast
 from .steps.moments import batch_moments, statistics_dtype
 from .steps.running import read, track
 from .steps.whitening import newton_whitening, trace
@@ -84,7 +84,7 @@ class _WhiteningNorm(nn.Module):
             raise ValueError(f'{type(self).__name__} needs more than one value per channel in '
                              f'training, got {tuple(x.shape)}; use a larger batch or eval()')
         # As in CE: no algebra in half precision, and the output keeps the input's type.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             maps = grouped(x, self.num_groups)
             if self.training and x.numel() > 0:
                 mean, whitening = self._batch_statistics(maps)

@@ -1,7 +1,8 @@
 """The feature map as the steps see it: (N, C, ...) <-> (N, G, d, L)."""
 import math
 import warnings
-from typing import Optional
+from contextlib import nullcontext
+from typing import ContextManager, Optional
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ def check_channels(layer: nn.Module, x: Tensor, channels: int) -> None:
     if x.dim() < 2 or x.shape[1] != channels:
         raise ValueError(f'{type(layer).__name__} expects (N, {channels}), (N, {channels}, L) or '
                          f'(N, {channels}, H, W), got {tuple(x.shape)}')
+
+
+def without_autocast(x: Tensor) -> ContextManager:
+    """Autocast switched off: the small algebra is float32, whatever the feature map is."""
+    # The meta device has no autocast to switch off.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
