@@ -1,7 +1,7 @@
 """Checks of the arguments that the layers share; each names the argument and its range."""
 
 
-def check_integers(**arguments) -> None:
+def check_integers(**arguments: int) -> None:
     for name, value in arguments.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f'{name} must be an integer >= 1, got {value!r}')

@@ -9,7 +9,7 @@ moments of the feature map -> of the batch -> a d x d operator per sample and gr
 `reference.py` computes the same from the equations alone. The small algebra is float32 (float64
 for float64 input), whatever the type of the feature map.
 """
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,12 @@ class CE(nn.Module):
     _version = 1
     _abbr_ = 'ce'  # MMCV names plugin layers after this: block.ce
 
+    identity: Tensor
+    running_mean: Tensor
+    running_whitening: Tensor
+    running_scale: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self,
                  in_channels: int,
                  group_size: Optional[int] = 16,
@@ -116,7 +122,7 @@ class CE(nn.Module):
         self.freeze = freeze
         self.identity_start = identity_start
 
-        factory = dict(device=device, dtype=dtype)
+        factory: Dict[str, Any] = dict(device=device, dtype=dtype)
         if self.has_bd:
             shape = (self.num_groups, self.group_size, self.group_size)
             identity = torch.empty(self.group_size, self.group_size, **factory)
@@ -228,7 +234,7 @@ class CE(nn.Module):
         # inf or NaN in a channel is NaN in W, whose entries are bounded otherwise
         finite = (whitening.sum() if self.has_bd else scale) < float('inf')
         if isinstance(batch.pixels, Tensor):
-            finite = finite & (batch.pixels > 0)
+            finite = finite.logical_and(batch.pixels > 0)
         track(averages, self.momentum, self.num_batches_tracked, finite)
         return finite
 
@@ -264,12 +270,12 @@ class CE(nn.Module):
             return self.lambda_logit.to(dtype).sigmoid().squeeze(0)
         return self.bd_ratio
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         rename_released_keys(state_dict, prefix)
         if self.identity_start and f'{prefix}num_batches_tracked' in state_dict:
             # a layer without identity_start, which is at full strength
             state_dict.setdefault(f'{prefix}strength', torch.ones(1))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def arguments(self) -> Dict:
         """What `__init__` was given, with the group size in use."""

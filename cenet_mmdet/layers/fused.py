@@ -12,7 +12,7 @@ for the backward pass anyway, is all that is kept. SyncBN and SyncCE need the sa
 cross between the ranks in one collective. beta is no part of Sigma_x, so inhibited channels, where
 beta is far larger than gamma, lose no digits.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from .steps.running import read, track
 SMALL = 1 << 18  # elements of a feature map
 
 
-def batch_norm_ce(norm: nn.Module, ce: nn.Module, z: Tensor) -> Tensor:
+def batch_norm_ce(norm: Any, ce: Any, z: Tensor) -> Tensor:
     """ce(norm(z)): in one where `can_fuse` allows it, else one after the other."""
     return fused_batch_norm_ce(norm, ce, z) if can_fuse(norm, ce, z) else ce(norm(z))
 
@@ -116,7 +116,7 @@ def track_batch_norm(norm: _BatchNorm, batch: BatchMoments, finite: Tensor) -> N
           norm.num_batches_tracked, finite)
 
 
-def can_fuse(norm: nn.Module, ce: nn.Module, z: Tensor) -> bool:
+def can_fuse(norm: Any, ce: Any, z: Tensor) -> bool:
     """Whether `ce(norm(z))` may be computed in one.
 
     It may for a batch norm in front of a CE with BD, if calling them does nothing else: hooks and
@@ -140,7 +140,7 @@ def uses_batch(norm: _BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _ranks(layer: nn.Module):
+def _ranks(layer: Any) -> Optional[Tuple]:
     """The process group, as a tuple, that the layer's next forward takes statistics from."""
     if isinstance(layer, SyncBatchNorm):
         synchronizes = (layer.training and dist.is_available() and dist.is_initialized()

@@ -9,7 +9,7 @@ Both take the place of a batch normalization layer, where CE follows one: they c
 whitened features have unit variance. A forward pass has CE's steps: moments -> covariance ->
 whitening matrix -> apply.
 """
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .steps.moments import batch_moments, statistics_dtype
 from .steps.running import read, track
 from .steps.whitening import newton_whitening, trace
 
+Device = Union[torch.device, str, None]
+
 
 class _WhiteningNorm(nn.Module):
     """y = gamma * W (x - mean) + beta, where W whitens groups of channels; W is the subclass's.
@@ -32,8 +34,15 @@ class _WhiteningNorm(nn.Module):
     """
     _abbr_ = 'bn'  # MMCV names layers after this: bn1, as in checkpoints of plain ResNets
 
+    identity: Tensor
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    running_mean: Tensor
+    running_whitening: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, num_features: int, group_size: Optional[int], eps: float, momentum: float,
-                 affine: bool, device, dtype) -> None:
+                 affine: bool, device: Device, dtype: Optional[torch.dtype]) -> None:
         super().__init__()
         check_integers(num_features=num_features)
         if group_size is not None:
@@ -47,7 +56,7 @@ class _WhiteningNorm(nn.Module):
         self.momentum = momentum
         self.affine = affine
 
-        factory = dict(device=device, dtype=dtype)
+        factory: Dict[str, Any] = dict(device=device, dtype=dtype)
         shape = (self.num_groups, self.group_size, self.group_size)
         for name in ('weight', 'bias'):
             self.register_parameter(
@@ -157,8 +166,8 @@ class IterNorm(_WhiteningNorm):
                  eps: float = 1e-5,
                  momentum: float = 0.1,
                  affine: bool = True,
-                 device=None,
-                 dtype=None) -> None:
+                 device: Device = None,
+                 dtype: Optional[torch.dtype] = None) -> None:
         check_integers(num_iters=num_iters)
         super().__init__(num_features, group_size, eps, momentum, affine, device, dtype)
         self.num_iters = num_iters
@@ -191,8 +200,8 @@ class DBN(_WhiteningNorm):
                  eps: float = 1e-5,
                  momentum: float = 0.1,
                  affine: bool = True,
-                 device=None,
-                 dtype=None) -> None:
+                 device: Device = None,
+                 dtype: Optional[torch.dtype] = None) -> None:
         super().__init__(num_features, group_size, eps, momentum, affine, device, dtype)
 
     def whitening_matrix(self, covariance: Tensor) -> Tensor:
@@ -232,12 +241,12 @@ class _InverseRoot(Function):
         return (vectors / roots.unsqueeze(-2)) @ vectors.mT + (sigma - finite), roots, vectors
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Tensor, None]:
         # Y = R^(-1), so dY = -Y dR Y, and dR R + R dR = dsigma. Both maps are
         # self-adjoint: Z = grad_sigma solves Z R + R Z = -Y grad Y, which is, in
         # the eigenbasis, Z_ij = -grad_ij / (sqrt(l_i) sqrt(l_j) (sqrt(l_i) + sqrt(l_j))).
@@ -259,12 +268,12 @@ class _Sylvester(Function):
         return vectors @ (rotated / sums) @ vectors.mT
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple, output: Any) -> None:
         root, _, roots, vectors = inputs
         ctx.save_for_backward(root, roots, vectors, output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
         # dZ solves dZ R + R dZ = dB - Z dR - dR Z, and solving is self-adjoint.
         root, roots, vectors, z = ctx.saved_tensors
         grad_b = _Sylvester.apply(root, grad, roots, vectors)

@@ -46,9 +46,9 @@ def reference_ce(ce: CE, xs: Sequence[Tensor]) -> Tuple[List[Tensor], Dict[str, 
     outputs = []
     for x, m, variance in zip(xs, maps, variances):
         # Eq. 4: p_n = lambda W x_n + (1 - lambda) diag(w_n) x_n
-        out = 0
+        out = torch.zeros_like(m)
         if ce.has_bd:
-            out = ce.ratio(x.dtype) * (statistics['whitening'] @ m)
+            out = out + ce.ratio(x.dtype) * (statistics['whitening'] @ m)
         if ce.has_ir:
             # Eq. 8: w_n = F(v_n) / s
             weights = ce.reweighting(variance.flatten(1)).view(variance.shape) / statistics['scale']

@@ -1,5 +1,5 @@
 """Channel Equilibrium with statistics over all ranks (section 5.4, "SyncCE")."""
-from typing import Any, Optional
+from typing import Any, Optional, Type
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -52,9 +52,9 @@ class SyncCE(CE):
         return all_reduce(batch, self.process_group) if self.synchronizes else batch
 
 
-def _convert(module: nn.Module, old: type, new: type, **options: Any) -> nn.Module:
+def _convert(module: nn.Module, old: Type[CE], new: Type[CE], **options: Any) -> nn.Module:
     """The module with all layers that are exactly `old` rebuilt as `new`."""
-    if type(module) is old:
+    if isinstance(module, CE) and type(module) is old:
         layer = new(**module.arguments(), **options, device='meta')
         # The very same tensors: an optimizer may hold the parameters already.
         for name, tensor in [*module.named_parameters(recurse=False),

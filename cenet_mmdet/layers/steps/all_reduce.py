@@ -6,6 +6,8 @@ layer needs: counts, sums, the upper triangles of the second moments, and the su
 variances. It is float64, because each rank's covariance is about its own mean, and only float64
 brings the parts to a common origin without a loss of digits.
 """
+from typing import Any, Tuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.autograd import Function
 from .moments import BatchMoments, safe_count
 
 
-def all_reduce(batch: BatchMoments, group=None) -> BatchMoments:
+def all_reduce(batch: BatchMoments, group: Any = None) -> BatchMoments:
     """The moments of all ranks' batches together; a rank may be empty.
 
     Args:
@@ -32,14 +34,14 @@ class _AllReduceSum(Function):
     """Sum over the ranks. Every rank's loss depends on every share: so is its gradient."""
 
     @staticmethod
-    def forward(ctx, share: Tensor, group) -> Tensor:
+    def forward(ctx: Any, share: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = share.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         return _AllReduceSum.apply(grad.contiguous(), ctx.group), None
 
 
@@ -76,7 +78,7 @@ def _outer(mean: Tensor) -> Tensor:
     return mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
-def _upper_triangle(matrices: Tensor):
+def _upper_triangle(matrices: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """Indices of the upper triangles, diagonals included, of (G, d, d)."""
     groups, d, _ = matrices.shape
     rows, columns = torch.triu_indices(d, d, device=matrices.device)

@@ -2,6 +2,8 @@
 
 Half precision has `half_precision.py`.
 """
+from typing import Tuple
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * x).to(x.dtype)
 
 
-def _batch(matrix: Tensor, x: Tensor):
+def _batch(matrix: Tensor, x: Tensor) -> Tuple[Tensor, Tensor]:
     """Matrices and feature map with samples and groups as one batch: (B, d, d), (B, d, L)."""
     n, groups, d, pixels = x.shape
     return (matrix.expand(n, groups, d, d).reshape(n * groups, d, d),

@@ -61,7 +61,7 @@ def _warn_of_copy(x: Tensor) -> None:
                       'is copied to NCHW, and the output back', stacklevel=4)
 
 
-def _channels_last(x: Tensor):
+def _channels_last(x: Tensor) -> Optional[torch.memory_format]:
     """The memory format of x if it is channels_last and not NCHW too, as with one channel."""
     if x.is_contiguous():
         return None

@@ -9,7 +9,7 @@ result does not:
   the deviations is multiplied, which also keeps their digits. Both are halved, as the
   difference of two numbers may be twice the largest one.
 """
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -49,12 +49,12 @@ class _HalfProduct(Function):
         return torch.baddbmm(bias.to(x.dtype), 2 * matrix.to(x.dtype), halved)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple, output: Any) -> None:
         matrix, _, half_mean, x = inputs
         ctx.save_for_backward(matrix, half_mean, x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         matrix, half_mean, x = ctx.saved_tensors
         grad_x = matrix.mT.to(grad.dtype) @ grad
         grad, centred = grad.to(matrix.dtype), x.to(matrix.dtype)

@@ -8,7 +8,7 @@ which the network holds anyway.
 On a CPU, deviations are computed in pieces that fit the cache: fresh memory for a whole feature
 map costs several times the arithmetic.
 """
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def instance_moments(x: Tensor) -> BatchMoments:
     return _counted(x, None, None, instance_variance(x))
 
 
-def _counted(x: Tensor, mean, covariance, variance) -> BatchMoments:
+def _counted(x: Tensor, mean: Optional[Tensor], covariance: Optional[Tensor],
+             variance: Tensor) -> BatchMoments:
     n, pixels = len(x), x.shape[-1]
     return BatchMoments(n * pixels, n if pixels > 1 else 0, mean, covariance, variance)
 
@@ -59,8 +60,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def safe_count(count: Union[int, Tensor]) -> Union[int, Tensor]:
-    """The count as a divisor: a mean over nothing is 0, as the sum is."""
+def safe_count(count: Any) -> Any:
+    """The count, an int or a tensor, as a divisor: a mean over nothing is 0, as the sum is."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
@@ -72,7 +73,8 @@ def safe_mean(x: Tensor, dim: int) -> Tensor:
 
 def centred_scatter(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean, and sum over the pixels of (x - mean)(x - mean)^T: (B, d, L) -> (B, d), (B, d, d)."""
-    means, scatters = [], []
+    means: List[Tensor] = []
+    scatters: List[Tensor] = []
     for rows in _pieces(x, dim=0):
         mean, total = safe_mean(rows, -1), None
         for pixels in _pieces(rows, dim=-1):
@@ -93,7 +95,7 @@ def _pieces(x: Tensor, dim: int) -> Sequence[Tensor]:
     return (x, ) if length >= x.shape[dim] else x.split(length, dim)
 
 
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
+def _joined(pieces: List[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -115,14 +117,14 @@ class _BatchMoments(Function):
         return mean, covariance, variance, means
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple, output: Any) -> None:
         mean, _, _, means = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(means)
         ctx.save_for_backward(inputs[0], mean, means)
 
     @staticmethod
-    def backward(ctx, *grads: Optional[Tensor]) -> Tensor:
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tensor:
         # Neither second moment has a part through its mean: the deviations sum to zero. With
         # A = (grad_covariance + grad_covariance^T) / (N L) and b_n = 2 grad_variance / (L - 1),
         # grad_x = A (x - mean) + diag(b_n) (x - mean_n) + grad_mean / (N L)
@@ -155,11 +157,11 @@ class _CentredSquares(Function):
         return _joined(norms).square()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple, output: Any) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # grad_x = 2 grad (x - mean)
         x, = ctx.saved_tensors
         twice = 2 * grad

@@ -1,4 +1,7 @@
 """Step 3 of a CE layer, instance reweighting (IR): the channel weights of section 3.2."""
+from typing import Any, Dict, List, Optional, Union
+
+import torch
 from torch import Tensor, nn
 
 
@@ -9,9 +12,11 @@ class InstanceReweighting(nn.Sequential):
     and GC blocks (section 3.2, released code).
     """
 
-    def __init__(self, channels: int, reduction: int, device=None, dtype=None):
+    def __init__(self, channels: int, reduction: int,
+                 device: Union[torch.device, str, None] = None,
+                 dtype: Optional[torch.dtype] = None) -> None:
         hidden = max(channels // reduction, 1)
-        factory = dict(device=device, dtype=dtype)
+        factory: Dict[str, Any] = dict(device=device, dtype=dtype)
         super().__init__(
             nn.Linear(channels, hidden, bias=False, **factory),
             nn.LayerNorm(hidden, **factory),
@@ -20,10 +25,12 @@ class InstanceReweighting(nn.Sequential):
             nn.Sigmoid())
 
     def forward(self, variance: Tensor) -> Tensor:
-        return super().forward(variance.to(self[0].weight.dtype)).to(variance.dtype)
+        dtype = next(self.parameters()).dtype
+        return super().forward(variance.to(dtype)).to(variance.dtype)
 
     def reset_parameters(self) -> None:
-        for layer in (self[0], self[1], self[3]):
+        layers: List[Any] = [self[0], self[1], self[3]]
+        for layer in layers:
             layer.reset_parameters()
 
 

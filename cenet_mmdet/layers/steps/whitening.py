@@ -1,5 +1,5 @@
 """Step 3 of a CE layer, batch decorrelation (BD): the whitening matrix of section 3.1."""
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -44,22 +44,21 @@ class _Newton(Function):
         return _newton(sigma, identity, num_iters)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple, output: Any) -> None:
         sigma, identity, ctx.num_iters = inputs
         ctx.set_materialize_grads(False)  # of what is there for the backward pass alone
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(sigma, identity, *output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Optional[Tensor], *_) -> Tuple[Optional[Tensor], None, None]:
+    def backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> Tuple[Optional[Tensor], None, None]:
         if grad is None:
             return None, None, None
         # Of P' = 1.5 P - 0.5 A B with A = P P and B = P S, all of them symmetric:
         # grad_P = 1.5 grad - 0.5 (grad B P + P grad B + A grad S), grad_S = -0.5 P A grad
-        sigma, identity, *intermediate = ctx.saved_tensors
+        sigma, identity, size, s, *steps = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
-            _, *intermediate = _newton(sigma, identity, ctx.num_iters)
-        size, s, *steps = intermediate
+            size, s, *steps = _newton(sigma, identity, ctx.num_iters)[1:]
         grad_s = torch.zeros_like(s)
         for i in reversed(range(0, len(steps), 3)):
             p, a, b = steps[i:i + 3]
