@@ -1,38 +1,49 @@
-"""CIFAR-10 with corrupted labels (Zhang et al., 2016; Figure 4b of the paper)."""
-import numpy as np
+"""CIFAR-10 for mmpretrain, with corrupted labels (Figure 4b of the paper)."""
+from pathlib import Path
+
 from mmpretrain.datasets import CIFAR10
 from mmpretrain.registry import DATASETS
+
+from ..utils.errors import InputError
+from .label_noise import corrupt_labels
 
 
 @DATASETS.register_module()
 class CorruptedCIFAR10(CIFAR10):
     """CIFAR10, a share of whose labels are drawn anew from all classes.
 
-    Which images, and which labels they get, depends on the seed alone, and a
-    larger share corrupts the same images and more.
-
     Args:
-        corrupted: share of the images, in [0, 1]. A drawn label may be the true
-            one, so a tenth of them keep theirs.
+        corrupted: share of the images, in [0, 1]; see `corrupt_labels`.
         seed: of the draw.
+        check_md5: False reads batches that are not the original's, such as images that
+            were JPEGs on the way. mmpretrain refuses them by their checksums.
         **kwargs: those of CIFAR10.
 
     Raises:
         ValueError: for a share out of its range.
+        InputError: for batches that are not the original's, unless `check_md5` is False.
     """
 
-    def __init__(self, corrupted: float = 0., seed: int = 0, **kwargs) -> None:
-        if not 0 <= corrupted <= 1:
-            raise ValueError(f'corrupted must lie in [0, 1], got {corrupted!r}')
+    def __init__(self, corrupted: float = 0., seed: int = 0, check_md5: bool = True,
+                 **kwargs) -> None:
         self.corrupted = corrupted
         self.seed = seed
+        self.check_md5 = check_md5
         super().__init__(**kwargs)
+
+    def _check_integrity(self) -> bool:
+        folder = Path(self.data_prefix['root'], self.base_folder)
+        if not all((folder / name).is_file() for name, _ in self.train_list + self.test_list):
+            return False  # mmpretrain downloads them, or says that they are missing
+        if self.check_md5 and not super()._check_integrity():
+            raise InputError(f'{folder} does not hold the original CIFAR-10: the checksums differ. '
+                             'Set check_md5=False to use it nevertheless')
+        return True
 
     def load_data_list(self):
         images = super().load_data_list()
-        random = np.random.default_rng(self.seed)
-        order = random.permutation(len(images))
-        labels = random.integers(len(self.CLASSES), size=len(images))
-        for index in order[:round(self.corrupted * len(images))]:
-            images[index]['gt_label'] = int(labels[index])
+        labels = corrupt_labels([image['gt_label'] for image in images], self.corrupted,
+                                self.seed, len(self.CLASSES))
+        for image, label in zip(images, labels.tolist()):
+            image['gt_label'] = label
         return images

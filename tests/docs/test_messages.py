@@ -1,9 +1,12 @@
 """Each message that docs/troubleshoot.md has as a heading is one that users really get."""
+import json
+import os
 import re
 import shutil
 import sys
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import mmcv
 import pytest
@@ -20,6 +23,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
 from cenet_mmdet import CE, CEResNet, insert_ce
+from cenet_mmdet.checkpoint.load import CAN_ALLOW, load
 from cenet_mmdet.checkpoint.resumable import check_resumable
 from cenet_mmdet.engine.cpu_distributed import CPUDistributedDataParallel
 from cenet_mmdet.engine.job import job_problems
@@ -29,9 +33,11 @@ HEADINGS = re.findall(r'^#+ `(.+)`$', (ROOT / 'docs/troubleshoot.md').read_text(
 # Parts of headings that need another environment, which one, and whether it is not this one.
 ELSEWHERE = [
     ('torchvision::nms|pkg_resources|NumPy 1.x', 'releases that do not fit together', True),
-    ("named 'torchvision'", 'no torchvision', find_spec('torchvision')),
+    ("named 'torchvision'|needs torchvision", 'no torchvision', find_spec('torchvision')),
     ('faster_coco_eval', 'mmdet 3.5 alone', LEGACY or find_spec('faster_coco_eval')),
     ('--amp', 'no GPU', torch.cuda.is_available()),
+    ('holds more than weights', 'torch before 2.6', CAN_ALLOW),
+    ('neither a weight', 'torch 2.6', not CAN_ALLOW),
 ]
 CONFIG = ROOT / 'configs/mask_rcnn_ce_r50.py'
 WEIGHTS = 'model.backbone.init_cfg.checkpoint'
@@ -65,10 +71,38 @@ def saved(folder, content):
     return str(folder / 'saved.pth')
 
 
-def more_classes_than_names(_):
+def changed(change, option='train_dataloader.dataset.ann_file'):
+    """Problems with an annotation file after a change, where the option names it."""
+    def provoke(folder):
+        path = Path(os.environ['COCO_ROOT'], 'annotations/instances_train2017.json')
+        content = json.loads(path.read_text())
+        change(content)
+        (folder / 'changed.json').write_text(json.dumps(content))
+        return problems({option: str(folder / 'changed.json')})
+    return provoke
+
+
+def rename_image(content):
+    content['images'][0]['file_name'] = 'elsewhere.jpg'
+
+
+def resize_image(content):
+    content['images'][0]['height'] += 1
+
+
+def drop_iscrowd(content):
+    for annotation in content['annotations']:
+        del annotation['iscrowd']
+
+
+def with_classes(classes):
+    return problems({'train_dataloader.dataset.metainfo.classes': classes})
+
+
+def evaluated_classes_that_the_file_lacks(_):
     metric = METRICS.build(dict(load_config(CONFIG).val_evaluator, metric='bbox'))
-    metric.dataset_meta = dict(classes=('disk', 'square'))
-    found = dict(bboxes=torch.eye(4)[:1], scores=torch.ones(1), labels=torch.tensor([7]))
+    metric.dataset_meta = dict(classes=('disk', 'person'))
+    found = dict(bboxes=torch.eye(4)[:1], scores=torch.ones(1), labels=torch.tensor([1]))
     metric.process({}, [dict(img_id=1, ori_shape=(320, 320), pred_instances=found)])
     metric.evaluate(1)
 
@@ -110,16 +144,27 @@ PROVOCATIONS = [
     lambda _: Config.fromstring("custom_imports = dict(imports=['not_installed'])", '.py'),
     lambda _: MODELS.build(dict(type='ResNet', depth=18, plugins=[PLUGIN])),
     lambda _: insert_ce(ResNet(18), where='bn2'),
+    lambda _: insert_ce(nn.Sequential(nn.LayerNorm(4)), where='.*'),
     lambda _: problems({'custom_hooks.9.type': 'ChannelHealthHook'}),
     lambda _: problems({'train_dataloader.dataset.data_root': '/nowhere/'}),
     lambda _: DATASETS.build(load_config(CONFIG).train_dataloader.dataset),
-    more_classes_than_names,
+    evaluated_classes_that_the_file_lacks,
+    lambda _: with_classes(('disk', 'person')),
+    lambda _: with_classes(('square', 'disk')),
+    lambda _: with_classes('disk'),
+    changed(drop_iscrowd),
+    changed(rename_image),
+    changed(resize_image),
+    changed(rename_image, 'val_evaluator.ann_file'),
     lambda _: problems({WEIGHTS: '/nowhere.pth'}),
     lambda _: problems({WEIGHTS: str(CONFIG)}),
+    lambda folder: problems({WEIGHTS: 'torchvision://resnet18'}),
+    lambda folder: load(saved(folder, Path())),
     lambda folder: torch.load(saved(folder, HistoryBuffer()), weights_only=True),
     lambda folder: problems({WEIGHTS: saved(folder, {'backbone.conv1.weight': torch.zeros(1)}),
                              'model.backbone.type': 'ResNet'}),
     lambda folder: check_resumable(saved(folder, dict(state_dict={}))),
+    lambda _: check_resumable(CONFIG),
     lambda _: CEResNet(18).load_state_dict(ResNet(18).state_dict(), strict=False),
     lambda _: CEResNet(18, ce_cfg=dict(freeze='all'))(torch.zeros(1, 3, 32, 32)),
     lambda _: CEResNet(18, frozen_stages=1)(torch.randn(2, 3, 32, 32)),
@@ -132,6 +177,8 @@ PROVOCATIONS = [
     lambda _: [dist.TCPStore('127.0.0.1', 29599, is_master=True, wait_for_workers=False)
                for _ in range(2)],
     lambda _: tool('train.py', CONFIG, '--amp', check=False).stderr,
+    lambda _: tool('train.py', CONFIG, '--auto-scale-lr', '--cfg-options',
+                   'auto_scale_lr._delete_=True', check=False).stderr,
     lambda _: CE(16)(torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)),
 ]
 

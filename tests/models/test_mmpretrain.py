@@ -1,5 +1,4 @@
 """Classifiers: the configs of Tables 1 to 4 and of CIFAR-10, and the way on to detection."""
-import hashlib
 import importlib.util
 import pickle
 import re
@@ -11,21 +10,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tool
+from helpers.configs import build, config
+from helpers.networks import images
 from mmcv.cnn import ConvModule
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.models import SELayer
-from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
+from mmpretrain.registry import DATASETS, TRANSFORMS
 from torch import nn
 
 from cenet_mmdet import CE, DBN, CEMobileNetV2, CEResNet, IterNorm
 from cenet_mmdet.analysis.complexity import complexity
+from cenet_mmdet.checkpoint.convert import CheckpointError
 from cenet_mmdet.datasets.cifar10 import CorruptedCIFAR10
 from cenet_mmdet.models.insert import NormCE
 from cenet_mmdet.models.mmpretrain import CEVGG, CEShuffleNetV2
+from cenet_mmdet.utils.errors import InputError
 
-IMAGENET = ROOT / 'configs' / 'imagenet'
-CIFAR = ROOT / 'configs' / 'cifar10'
 DEMO = ROOT / 'configs' / 'demo'
 
 # config -> (CE layers, SE layers, millions of parameters)
@@ -48,9 +48,8 @@ ROWS = {
 }
 
 
-def build(path):
-    init_default_scope('mmpretrain')
-    return MODELS.build(Config.fromfile(path).model)
+def build_row(row):
+    return build(f'imagenet/{row}.py', 'mmpretrain')
 
 
 def count(model, kind):
@@ -58,13 +57,13 @@ def count(model, kind):
 
 
 def test_all_rows_are_listed():
-    assert {path.stem for path in IMAGENET.glob('*.py')} == set(ROWS)
+    assert {path.stem for path in (ROOT / 'configs/imagenet').glob('*.py')} == set(ROWS)
 
 
 @pytest.mark.parametrize('row', ROWS)
 def test_imagenet_row(row):
-    """The row's layers and its size."""
-    model = build(IMAGENET / f'{row}.py')
+    """The row's layers, its size, and the released code's recipe."""
+    model = build_row(row)
     ce_layers, se_layers, millions = ROWS[row]
     assert count(model, CE) == ce_layers
     # mmpretrain's own SE networks and ours have the same layer
@@ -75,38 +74,34 @@ def test_imagenet_row(row):
         assert count(model, norms) == (20 if '18' in row else 53)
         assert not count(model, nn.BatchNorm2d)
 
+    cfg = config(f'imagenet/{row}.py')
+    assert set(cfg.optim_wrapper) <= {'optimizer', '_scope_'}  # the same for every parameter
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr) == ('SGD', 0.1)
+    assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-4)
+    warm_up, steps = cfg.param_scheduler
+    assert (warm_up.begin, warm_up.end) == (0, 5)
+    assert steps.milestones == [30, 60, 90]
+    assert cfg.train_cfg.max_epochs == 100
+    assert cfg.train_dataloader.batch_size == 32
+    assert cfg.auto_scale_lr == dict(base_batch_size=256, enable=False)
+    assert cfg.model.head.loss == dict(type='LabelSmoothLoss', label_smooth_val=0.1)
+
 
 @pytest.mark.parametrize('row', [
     'ce_resnet18', 'se_resnet18', 'dbn_resnet18', 'iternorm_resnet18', 'se_mobilenet_v2',
     'ce_mobilenet_v2', 'se_shufflenet_v2_x0_5', 'ce_shufflenet_v2_x0_5'])
 def test_imagenet_row_runs(row):
     """In training, where all parameters learn, and in evaluation."""
-    model = build(IMAGENET / f'{row}.py')
-    images = torch.randn(2, 3, 64, 64)
-    model(images).mean().backward()
+    model = build_row(row)
+    model(images()).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
-    assert model(images).shape == (2, 1000)
-
-
-def test_recipe_is_the_released_codes():
-    for path in IMAGENET.glob('*.py'):
-        cfg = Config.fromfile(path)
-        assert set(cfg.optim_wrapper) <= {'optimizer', '_scope_'}  # the same for every parameter
-        optimizer = cfg.optim_wrapper.optimizer
-        assert (optimizer.type, optimizer.lr) == ('SGD', 0.1)
-        assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-4)
-        warm_up, steps = cfg.param_scheduler
-        assert (warm_up.begin, warm_up.end) == (0, 5)
-        assert steps.milestones == [30, 60, 90]
-        assert cfg.train_cfg.max_epochs == 100
-        assert cfg.train_dataloader.batch_size == 32
-        assert cfg.auto_scale_lr == dict(base_batch_size=256, enable=False)
-        assert cfg.model.head.loss == dict(type='LabelSmoothLoss', label_smooth_val=0.1)
+    assert model(images()).shape == (2, 1000)
 
 
 def test_no_norm_starts_at_zero():
-    model = build(IMAGENET / 'resnet18.py')
+    model = build_row('resnet18')
     model.init_weights()
     assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     conv = model.backbone.layer4[1].conv2.weight  # N(0, 2 / (k * k * C_out))
@@ -115,8 +110,7 @@ def test_no_norm_starts_at_zero():
 
 def test_lighting_does_not_wrap_round():
     """White stays white: in integers 255 + 1 would be black."""
-    step, = (t for t in Config.fromfile(IMAGENET / 'resnet50.py').train_pipeline
-             if t.type == 'Lighting')
+    step, = (t for t in config('imagenet/resnet50.py').train_pipeline if t.type == 'Lighting')
     lighting = TRANSFORMS.build(step)
     np.random.seed(0)  # noqa: NPY002 - MMCV draws from the global generator
     white = np.full((4, 4, 3), 255, np.float32)
@@ -128,23 +122,25 @@ def test_lighting_does_not_wrap_round():
 
 class TestBackbones:
 
-    @pytest.mark.parametrize('backbone', [
-        lambda: CEMobileNetV2(out_indices=(1, 2, 4, 7)),
-        lambda: CEShuffleNetV2(out_indices=(0, 1, 2)),
-        lambda: CEVGG(11, out_indices=(1, 2, 3, 4))], ids=['mobilenet', 'shufflenet', 'vgg'])
-    def test_pyramid_and_plain_weights(self, backbone):
+    @pytest.mark.parametrize(('cls', 'options', 'norm_cfg'), [
+        (CEMobileNetV2, dict(out_indices=(1, 2, 4, 7)), {}),
+        (CEShuffleNetV2, dict(out_indices=(0, 1, 2)), {}),
+        (CEVGG, dict(depth=11, out_indices=(1, 2, 3, 4)), dict(norm_cfg=dict(type='BN')))])
+    def test_pyramid_and_plain_weights(self, cls, options, norm_cfg):
         """The parent's pyramid; its weights load with nothing but CE missing."""
-        model = backbone()
-        parent_class = type(model).__mro__[2]
-        plain = {'CEMobileNetV2': dict(out_indices=(1, 2, 4, 7)),
-                 'CEShuffleNetV2': dict(out_indices=(0, 1, 2)),
-                 'CEVGG': dict(depth=11, out_indices=(1, 2, 3, 4), norm_cfg=dict(type='BN'))}
-        parent = parent_class(**plain[type(model).__name__])
-        images = torch.randn(2, 3, 64, 64)
-        assert [f.shape for f in model(images)] == [f.shape for f in parent(images)]
+        model, parent = cls(**options), cls.__mro__[2](**options, **norm_cfg)
+        assert [f.shape for f in model(images())] == [f.shape for f in parent(images())]
         result = model.load_state_dict(parent.state_dict(), strict=False)
         assert not result.unexpected_keys
         assert all('.ce.' in key for key in result.missing_keys)
+
+    def test_other_layers_at_ces_places_load_their_own_checkpoint(self):
+        model, other = (CEVGG(11, ce_cfg=dict(type='SELayer')) for _ in range(2))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other.features[0].bn.ce.conv1.conv.weight,
+                           model.features[0].bn.ce.conv1.conv.weight)
+        with pytest.raises(CheckpointError, match=r'features\.0\.bn\.ce\..* is missing in the ch'):
+            CEVGG(11).load_state_dict(model.state_dict())
 
     def test_ce_stands_before_rectifier_and_shuffle(self):
         model = CEShuffleNetV2()
@@ -179,58 +175,54 @@ class TestBackbones:
 class TestCIFAR:
 
     @pytest.fixture
-    def cifar(self, tmp_path, monkeypatch):
+    def cifar(self, tmp_path):
         """Files in CIFAR-10's format, 20 images in each of the five batches."""
         folder = tmp_path / CorruptedCIFAR10.base_folder
         folder.mkdir()
-        files = {}
-        for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
-            content = pickle.dumps({'data': np.zeros((20, 3072), np.uint8), 'labels': [3] * 20})
+        content = pickle.dumps({'data': np.zeros((20, 3072), np.uint8), 'labels': [3] * 20})
+        for name, _ in CorruptedCIFAR10.train_list + CorruptedCIFAR10.test_list:
             (folder / name).write_bytes(content)
-            files[name] = [name, hashlib.md5(content).hexdigest()]
-        content = pickle.dumps({'label_names': list(CorruptedCIFAR10.METAINFO['classes'])})
-        (folder / 'batches.meta').write_bytes(content)
-        meta = dict(CorruptedCIFAR10.meta, md5=hashlib.md5(content).hexdigest())
-        monkeypatch.setattr(CorruptedCIFAR10, 'train_list', list(files.values())[:5])
-        monkeypatch.setattr(CorruptedCIFAR10, 'test_list', [files['test_batch']])
-        monkeypatch.setattr(CorruptedCIFAR10, 'meta', meta)
-        monkeypatch.setenv('CIFAR10_ROOT', str(tmp_path))
-        return tmp_path
+        return folder
 
-    def labels(self, **options):
-        cfg = Config.fromfile(CIFAR / 'vgg16.py')
+    @staticmethod
+    def labels(folder, check_md5=False, **options):
         init_default_scope('mmpretrain')
-        cfg.train_dataloader.dataset.update(options)
-        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        dataset = DATASETS.build({
+            **config('cifar10/vgg16.py').train_dataloader.dataset, 'data_root': str(folder.parent),
+            'check_md5': check_md5, **options})
         return [dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))]
 
+    def test_other_batches_than_the_originals(self, cifar):
+        assert self.labels(cifar) == [3] * 100
+        with pytest.raises(InputError, match='Set check_md5=False'):
+            self.labels(cifar, check_md5=True)
+        (cifar / 'data_batch_2').unlink()
+        with pytest.raises(RuntimeError, match='Cannot find CorruptedCIFAR10'):
+            self.labels(cifar)
+
     def test_corrupted_labels(self, cifar):
-        clean, some, more = (np.array(self.labels(corrupted=share)) for share in (0, 0.4, 0.8))
+        clean, some, more = (np.array(self.labels(cifar, corrupted=share))
+                             for share in (0, 0.4, 0.8))
         assert (clean == 3).all()
         assert 0.2 < (some != 3).mean() <= 0.4
         assert 0.6 < (more != 3).mean() <= 0.8
         assert (more[some != 3] == some[some != 3]).all()  # the same images and more
-        assert self.labels(corrupted=0.4) == some.tolist()
-        assert self.labels(corrupted=0.4, seed=1) != some.tolist()
+        assert self.labels(cifar, corrupted=0.4) == some.tolist()
+        assert self.labels(cifar, corrupted=0.4, seed=1) != some.tolist()
+        with pytest.raises(ValueError, match='corrupted labels must be in'):
+            self.labels(cifar, corrupted=1.2)
 
-    def test_share_out_of_range(self, cifar):
-        with pytest.raises(ValueError, match='corrupted must lie in'):
-            self.labels(corrupted=1.2)
-
-    @pytest.mark.parametrize('norm', [
-        dict(type='BN'), dict(type='IN', affine=True), dict(type='GN', num_groups=32),
-        dict(type='GN', num_groups=1)], ids=str)
-    @pytest.mark.parametrize('activation', ['ReLU', 'ELU', 'LeakyReLU'])
+    @pytest.mark.parametrize(('norm', 'activation'), [
+        (dict(type='BN'), 'ReLU'), (dict(type='BN'), 'ELU'), (dict(type='BN'), 'LeakyReLU'),
+        (dict(type='IN', affine=True), 'ReLU'), (dict(type='GN', num_groups=32), 'ReLU'),
+        (dict(type='GN', num_groups=1), 'ELU')], ids=str)
     def test_norms_and_activations(self, norm, activation):
-        cfg = Config.fromfile(CIFAR / 'ce_vgg16.py')
-        cfg.model.backbone.norm_cfg = norm
-        cfg.model.backbone.act_cfg.type = activation
-        init_default_scope('mmpretrain')
-        model = MODELS.build(cfg.model)
+        model = build('cifar10/ce_vgg16.py', 'mmpretrain',
+                      **{'backbone.norm_cfg': norm, 'backbone.act_cfg.type': activation})
         assert count(model, CE) == 13
         rectifiers = [type(m.activate) for m in model.modules() if isinstance(m, ConvModule)]
         assert rectifiers == [getattr(nn, activation)] * 13
-        assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+        assert model(images()).shape == (2, 10)
 
 
 @pytest.mark.long
@@ -256,15 +248,13 @@ def test_from_classifier_to_detector(shapes, tmp_path):
     assert all(torch.equal(weights[name], detector[name]) for name in learned)
 
 
-@pytest.mark.parametrize(('config', 'variable', 'folder'), [
-    (IMAGENET / 'ce_resnet50.py', 'IMAGENET_ROOT', 'train'),
-    (CIFAR / 'ce_vgg16.py', 'CIFAR10_ROOT', 'cifar-10-batches-py')], ids=['imagenet', 'cifar'])
-def test_missing_images(config, variable, folder, tmp_path):
-    result = tool('train.py', config, cwd=tmp_path, env={variable: '/nowhere'}, check=False)
+@pytest.mark.parametrize(('name', 'variable'), [
+    ('imagenet/ce_resnet50.py', 'IMAGENET_ROOT'), ('cifar10/ce_vgg16.py', 'CIFAR10_ROOT')])
+def test_missing_images(name, variable, tool_here, plain_configs, tmp_path):
+    result = tool_here('train.py', ROOT / 'configs' / name, cwd=tmp_path,
+                       env={variable: '/nowhere'})
     assert result.returncode == 1
-    error = result.stderr.splitlines()[-1]
-    assert '/nowhere' in error
-    assert f"set {variable} (now '/nowhere" in error
+    assert f"set {variable} (now '/nowhere" in result.stderr.splitlines()[-1]
 
 
 def test_torchvision_stays_as_missing_as_it_is():

@@ -47,16 +47,20 @@ DETECTORS = ('Mask R-CNN', 'RetinaNet')
 TOLERANCE = 1e-10
 HEADER = '''# Networks of other libraries
 
-`insert_ce` behind every norm that it knows, and `fuse_ce`, on untrained networks of timm and
-torchvision (ResNet-50 with FPN and frozen batch norms). *Norms* counts layer norms over the last
-dimension too, which CE cannot follow. Of the CE layers, some are folded into the convolution or
-linear layer in front, and some make one step with their norm, where there is no such layer or
-its output is also used elsewhere. *Deviation* is that of the folded network, relative to the
-output's largest value, in float64.
+This page lists networks of timm and torchvision in which `insert_ce` put CE behind every norm
+that it knows, and which `fuse_ce` then folded. They are untrained. The detectors have a ResNet-50
+with FPN and frozen batch norms.
 
-All of them load their own state dict with CE inserted, and compute the same after
+- *norms*: all norms of the network, also layer norms over the last dimension, which CE cannot
+  follow.
+- *folded into a layer*: CE layers that are now part of the convolution or linear layer in front.
+- *one step with the norm*: CE layers with no such layer in front, or one whose output is also read
+  elsewhere.
+- *deviation*: of the folded network's output, relative to its largest value, in float64.
+
+Each network loads its own state dict after CE was inserted. Its output stays the same after
 `nn.SyncBatchNorm.convert_sync_batchnorm`, `timm.layers.convert_sync_batchnorm` and
-`SyncCE.convert_sync_ce`, except where the table says otherwise.
+`SyncCE.convert_sync_ce`. The table says where something fails.
 
 `make test-networks` on {machine}; torch {torch}, torchvision {torchvision}, timm {timm}.
 
