@@ -1,11 +1,15 @@
-"""Paths and helpers shared by the tests."""
+"""Paths and helpers shared by the tests; those of the layers run where torch is alone."""
+import logging
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +35,9 @@ LEGACY = torch.__version__.startswith('2.1.')
 HALF = {'bfloat16': torch.bfloat16, **({} if LEGACY else {'float16': torch.float16})}
 
 # `make test` and `make test-long`, whose properties are tried on 10,000 examples and more.
-settings.register_profile('short', deadline=None, max_examples=30, derandomize=True)
-settings.register_profile('long', deadline=None, max_examples=1500, print_blob=True,
-                          suppress_health_check=[HealthCheck.too_slow])
+ANY_SPEED = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('short', max_examples=30, derandomize=True, **ANY_SPEED)
+settings.register_profile('long', max_examples=1500, print_blob=True, **ANY_SPEED)
 settings.load_profile('short')
 
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
@@ -48,11 +52,50 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def ranks(tmp_path_factory):
+    """Three processes of one group."""
+    from helpers.ranks import Ranks
+
+    with Ranks(3, tmp_path_factory.mktemp('ranks')) as started:
+        yield started
+
+
+@pytest.fixture(scope='session')
 def real_coco():
     """183 real COCO images, where they lie beside the checkout."""
     if not SHARED_COCO.is_dir():
         pytest.skip(f'no real COCO images at {SHARED_COCO}')
     return SHARED_COCO
+
+
+@pytest.fixture
+def plain_configs(monkeypatch):
+    """MMEngine lays out each config that it writes, which takes longer than a training step."""
+    for place in ('yapf.yapflib.yapf_api.FormatCode', 'mmengine.config.config.FormatCode'):
+        monkeypatch.setattr(place, lambda text, **_: (text, True), raising=False)
+
+
+@pytest.fixture
+def log(caplog):
+    """Messages of MMEngine's logger, which does not propagate to pytest's."""
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def process_group(tmp_path, monkeypatch):
+    """This process alone, as torchrun would start it."""
+    for name, value in (('RANK', '0'), ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1')):
+        monkeypatch.setenv(name, value)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0,
+                            world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def run(*command, cwd=None, env=None, check=True, timeout=600):
@@ -67,3 +110,40 @@ def run(*command, cwd=None, env=None, check=True, timeout=600):
 def tool(name, *arguments, **options):
     """Run one of tools/*.py with the interpreter of the tests."""
     return run(sys.executable, ROOT / 'tools' / name, *arguments, **options)
+
+
+def free_port():
+    """A port that nothing listens on, as text."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+def launcher_env(data):
+    """Environment of tools/dist_*.sh: the data, torchrun, and a port of its own."""
+    return dict(COCO_ROOT=str(data), PORT=free_port(),
+                PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+
+
+@pytest.fixture
+def tool_here(monkeypatch, capsys):
+    """`tool` within this process, which has imported the libraries; that takes others seconds."""
+
+    def run_it(name, *arguments, cwd, env=None):
+        for variable, value in (env or {}).items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(ROOT / 'tools')
+        status = None
+        try:
+            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code
+        logging.disable(logging.NOTSET)  # some tools silence MMEngine's log
+        out, error = capsys.readouterr()
+        if isinstance(status, str):  # which Python prints on its way out
+            status, error = 1, f'{error}{status}\n'
+        return subprocess.CompletedProcess(name, status or 0, out, error)
+
+    return run_it

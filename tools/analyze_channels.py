@@ -10,7 +10,10 @@ Runs the backbones of detectors or classifiers over the first validation images 
 config, and writes report.json, figures and report.html to the folder OUT.
 """
 import argparse
+import copy
+import json
 import tempfile
+from numbers import Real
 from pathlib import Path
 
 FRACTIONS = [i / 10 for i in range(10)]  # of zeroed channels
@@ -48,6 +51,74 @@ def parse_args():
     return arguments
 
 
+def build_loader(cfg, images):
+    """Batches of the first validation images, in their order, from a data set of any type."""
+    from mmengine.registry import DATASETS
+    from mmengine.runner import Runner
+    from torch.utils.data import Subset
+
+    from cenet_mmdet.models.build import init_scope
+    from cenet_mmdet.utils.errors import InputError, first_line
+
+    init_scope(cfg)
+    try:
+        dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    except ValueError as error:  # numpy's, about an empty list
+        raise InputError('the validation data set cannot be built; check that it has images '
+                         f'({first_line(error)})') from error
+    if not len(dataset):
+        raise InputError('the validation data set has no images: there is nothing to measure')
+    loader = {k: v for k, v in cfg.val_dataloader.items() if k in ('batch_size', 'collate_fn')}
+    return Runner.build_dataloader(dict(
+        loader, dataset=Subset(dataset, range(min(images, len(dataset)))), num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False)))
+
+
+def build_evaluator(cfg, dataset, folder):
+    """The config's `val_evaluator`, for a part of the validation images.
+
+    A metric with an annotation file counts every image in it. So it gets a copy, in `folder`, with
+    the images of the part only. Other metrics take the ground truth from the samples.
+    """
+    from mmengine.registry import EVALUATOR
+
+    from cenet_mmdet.utils.errors import InputError, first_line
+
+    config, whole = copy.deepcopy(cfg.val_evaluator), dataset.dataset
+    if not (isinstance(config, dict) and 'metrics' in config):  # one metric, or a list
+        config = dict(metrics=config)
+    metrics = [config['metrics']] if isinstance(config['metrics'], dict) else config['metrics']
+    for index, metric in enumerate(metrics if len(dataset) < len(whole) else ()):
+        if metric.get('ann_file'):
+            images = {whole.get_data_info(i)['img_id'] for i in dataset.indices}
+            part = Path(folder).absolute() / f'annotations{index}.json'
+            try:
+                content = json.loads(Path(metric['ann_file']).read_text())
+                for key, name in (('images', 'id'), ('annotations', 'image_id')):
+                    content[key] = [entry for entry in content[key] if entry[name] in images]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{metric['ann_file']} holds no annotations in COCO's format, of "
+                                 f'which a part can be taken ({first_line(error)}); evaluate on '
+                                 f'all {len(whole)} images instead') from error
+            part.write_text(json.dumps(content))
+            metric['ann_file'] = str(part)
+    evaluator = EVALUATOR.build({'type': 'Evaluator', **config})
+    evaluator.dataset_meta = whole.metainfo
+    return evaluator
+
+
+def evaluate(model, loader, evaluator):
+    """The evaluator's metrics that are numbers; none if a detector detects nothing."""
+    import torch
+
+    with torch.no_grad():
+        for data in loader:
+            evaluator.process(data_samples=model.val_step(data), data_batch=data)
+    metrics = evaluator.evaluate(len(loader.dataset))
+    return {name: float(value) for name, value in metrics.items()
+            if isinstance(value, Real) or getattr(value, 'shape', None) == ()}
+
+
 def measure(models, loader, arguments):
     """The report, without the ablation; images, and the maps of their feature magnitude."""
     from rich.progress import track
@@ -79,8 +150,6 @@ def ablate(model, loader, evaluator, arguments):
     from rich.progress import Progress
 
     from cenet_mmdet.analysis import ablation_curve
-    from cenet_mmdet.analysis.report import Ablation
-    from cenet_mmdet.analysis.validation_data import evaluate
     from cenet_mmdet.utils.errors import InputError
 
     names = []
@@ -97,13 +166,12 @@ def ablate(model, loader, evaluator, arguments):
                                 range(arguments.seeds))
     if not curves:
         raise InputError('the evaluator returned no metric, so there is no curve to draw')
-    return Ablation(FRACTIONS, {name: curve.tolist() for name, curve in curves.items()})
+    return dict(fractions=FRACTIONS, curves={n: curve.tolist() for n, curve in curves.items()})
 
 
 def main(arguments):
     from cenet_mmdet.analysis.report import short_names
     from cenet_mmdet.analysis.report_page import write_report
-    from cenet_mmdet.analysis.validation_data import build_evaluator, build_loader
     from cenet_mmdet.engine.data_errors import explain_data_errors
     from cenet_mmdet.models.build import load_config, load_model
 

@@ -17,10 +17,8 @@ def parse_args():
 
 
 def main(arguments):
-
-    from cenet_mmdet.analysis.figures import training
+    from cenet_mmdet.analysis.figures import read_curves, training
     from cenet_mmdet.analysis.report import short_names
-    from cenet_mmdet.analysis.training_log import read_curves
     from cenet_mmdet.utils.files import replacing
 
     curves = [read_curves(run) for run in arguments.runs]

@@ -14,10 +14,9 @@ Those that are classes gather while the model runs, in a `with` statement: see `
 from .ablation import ablation_curve, zero_channels
 from .channels import ChannelMagnitudes, InhibitedChannels, feature_magnitude
 from .collector import Collector
-from .correlation import ChannelCorrelations, Correlation
-from .gamma import Gamma, GammaGrowth, Growth, gammas
-from .learned_operators import ReweightingSpread, Spectrum, Spread, lambdas, spectra
-from .norm_ce_pairs import norm_ce_pairs
+from .correlation import ChannelCorrelations, Correlation, ReweightingSpread, Spread
+from .modules import norm_ce_pairs
+from .parameters import Gamma, GammaGrowth, Growth, Spectrum, gammas, lambdas, spectra
 
 __all__ = ['ChannelCorrelations', 'ChannelMagnitudes', 'Collector', 'Correlation', 'Gamma',
            'GammaGrowth', 'Growth', 'InhibitedChannels', 'ReweightingSpread', 'Spectrum',

@@ -1,10 +1,12 @@
 """Statistics of layers, gathered by hooks while a network runs."""
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ..utils.errors import InputError
 
@@ -17,86 +19,64 @@ class Collector:
                 model(images)
         measurement.result()
 
-    Memory does not grow with the number of images: each layer keeps sums in float64. A layer that
-    one forward pass of the model calls several times, like the one rectifier of a residual block,
-    counts as one layer for each call: `name#1`, `name#2`. So all passes must make the same calls.
-    Calls outside of a pass, as of a checkpointed block in the backward pass, do not count. The
-    model keeps its mode: call `model.eval()` first to measure what it does in evaluation.
+    Memory does not grow with the number of images. If the model calls a layer several times in a
+    pass, each call counts as a layer: `name#1`, `name#2`. Calls outside of a pass do not count,
+    such as those of checkpointing in the backward pass.
 
     Args:
-        model: the module that will be called as a whole.
-        layers: the layers to hook, by name.
-        new: returns empty statistics for a layer, with a method `add(inputs, output)`.
-
-    Raises:
-        InputError: a pass makes other calls than the first, or the one before it did not finish.
+        model: the module that is called as a whole. It keeps its mode.
+        layers: the layers to measure, by name.
+        measure: takes (layer, inputs, output, before) and returns the layer's statistics. `before`
+            are those of the passes before, or None.
     """
 
     def __init__(self, model: nn.Module, layers: Dict[str, nn.Module],
-                 new: Callable[[nn.Module], Any]) -> None:
+                 measure: Callable[[nn.Module, tuple, Tensor, Any], Any]) -> None:
         self._model = model
         self._layers = layers
-        self._new = new
-        self._handles = []
-        self._statistics = {}  # by (name, number of the call), in the order of calls
-        self._all_calls = None  # how often each layer is called in a pass
-        self._calls = None  # so far in the current pass
+        self._measure = measure
+        self._found = {}  # by (name, number of the call), in the order of calls
+        self._calls = None  # of each layer so far, inside a pass
 
     def __enter__(self):
-        self._handles.append(self._model.register_forward_pre_hook(self._start))
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(partial(self._record, name)))
-        # Last, because the model may itself be one of the layers.
-        self._handles.append(self._model.register_forward_hook(self._finish))
+        self._handles = [self._model.register_forward_pre_hook(self._start),
+                         *(layer.register_forward_hook(partial(self._record, name))
+                           for name, layer in self._layers.items()),
+                         # Last, because the model may itself be one of the layers.
+                         self._model.register_forward_hook(self._finish)]
         return self
 
     def __exit__(self, *_) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _start(self, model, inputs) -> None:
-        self._check_finished()
         self._calls = Counter()
+
+    def _finish(self, model, inputs, output) -> None:
+        self._calls = None
 
     def _record(self, name: str, layer, inputs, output) -> None:
         if self._calls is None:
             return
         self._calls[name] += 1
         key = name, self._calls[name]
-        if key not in self._statistics:
-            self._statistics[key] = self._new(layer)
-        device_type = output.device.type if isinstance(output, Tensor) else 'cpu'
-        # Mixed precision is for the model, not for what is measured.
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            try:
-                self._statistics[key].add(inputs, output)
-            except InputError as error:
-                raise InputError(f'{name}: {error}') from None
-
-    def _finish(self, model, inputs, output) -> None:
-        calls = self._calls
-        first = calls if self._all_calls is None else self._all_calls
-        for name in {**first, **calls}:
-            if first[name] != calls[name]:
-                raise InputError(f'{name} was called {calls[name]} times in this forward pass and '
-                                 f'{first[name]} times in the first, so its calls cannot be told '
-                                 'apart; choose other layers by `layers`')
-        self._all_calls, self._calls = first, None
-
-    def _check_finished(self) -> None:
-        if self._calls is not None:
-            raise InputError('a forward pass did not finish, or made other calls than the first, '
-                             'and the sums hold a part of it; measure again from the start')
+        try:
+            if not isinstance(output, Tensor):
+                raise InputError('its output is no feature map (N, C, ...); choose another layer')
+            # Mixed precision is for the model, not for what is measured.
+            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                self._found[key] = self._measure(layer, inputs, output, self._found.get(key))
+        except InputError as error:
+            raise InputError(f'{name}: {error}') from None
 
     def statistics(self) -> Dict[str, Any]:
-        """By layer and call, in the order of calls; an InputError without a finished pass."""
-        self._check_finished()
-        if not self._statistics:
+        """By layer and call, in the order of calls; an InputError if no layer was called."""
+        if self._layers and not self._found:
             raise InputError('no image was seen: call the model itself, not a part of it, inside '
-                             f'the `with` statement of {type(self).__name__}, on images that '
-                             'pass through the chosen layers')
-        return {name if self._all_calls[name] == 1 else f'{name}#{call}': statistics
-                for (name, call), statistics in self._statistics.items()}
+                             'the `with` statement, on images that pass through the layers')
+        return {f'{name}#{call}' if (name, 2) in self._found else name: found
+                for (name, call), found in self._found.items()}
 
 
 def module_name(label: str) -> str:
@@ -104,17 +84,67 @@ def module_name(label: str) -> str:
     return label.partition('#')[0]
 
 
-def feature_map(x: Any) -> Tensor:
-    """x, if it is a feature map (N, C, ...); else an InputError."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        found = f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f'expected a tensor (N, C, ...), got {found}; choose other layers')
-    return x
+def pixels(x: Tensor) -> Tensor:
+    """Feature map (N, C, ...) -> (M, C), one row for each position of each image."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def check_finite(label: str, values: Tensor) -> Tensor:
-    """The values, which are means over images; an InputError if they are not finite."""
-    if not values.isfinite().all():
-        raise InputError(f'{label}: the layer computed infinite values, NaN, or none at all; '
+class Moments(NamedTuple):
+    """Of M rows (..., M, C): mean (..., C) and biased covariance (..., C, C), float64.
+
+    `rounding` is the relative error of the rows, from their type.
+    """
+    count: int
+    mean: Tensor
+    covariance: Tensor
+    rounding: float
+
+
+def moments(rows: Tensor, before: Optional[Moments] = None) -> Moments:
+    """Moments of rows and of all rows before them, combined as in Chan et al. (1983).
+
+    An InputError is raised if there is no row, or one is not finite.
+    """
+    count, rounding, rows = rows.shape[-2], torch.finfo(rows.dtype).eps, rows.double()
+    mean = rows.mean(-2, keepdim=True)
+    if not mean.isfinite().all():
+        raise InputError('the layer computed infinite values, NaN, or none at all; '
                          'check the weights and the images')
-    return values
+    deviation = rows - mean
+    covariance = deviation.mT @ deviation / count
+    if before is not None:
+        shift = mean - before.mean.unsqueeze(-2)
+        count += before.count
+        old = before.count / count
+        mean = mean - old * shift
+        covariance = torch.lerp(covariance, before.covariance, old)
+        covariance += old * (1 - old) * shift.mT @ shift
+    return Moments(count, mean.squeeze(-2), covariance, rounding)
+
+
+@contextmanager
+def first_non_finite(model: nn.Module) -> Iterator[List[str]]:
+    """A list that gets a sentence on the first module called with inf or NaN in its output.
+
+    Torch's hook for all modules is used, because a batch norm and CE with hooks of their own would
+    not be computed in one. These two are not called then: the module behind them is found.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    found = []
+
+    def look(module, inputs, output):
+        if not found and module in names and not is_finite(output):
+            advice = ('its input is finite, so check its weights' if is_finite(inputs) else
+                      'its input has them too, so check the images and what comes before it')
+            found.append(f'{names[module]} ({type(module).__name__}) is the first module with inf '
+                         f'or NaN in its output, and {advice}')
+
+    with register_module_forward_hook(look):
+        yield found
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a tensor, or all tensors in (nested) lists and dicts, have neither inf nor NaN."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (Tensor, float)) or bool(torch.as_tensor(value).isfinite().all())

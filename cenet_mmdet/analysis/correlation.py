@@ -1,4 +1,4 @@
-"""Correlations among the channels of a feature map (section 5.2, Figure 5)."""
+"""Correlations between channels (section 5.2, Figure 5), and the weights w_n (equation 8)."""
 from typing import Dict, NamedTuple, Optional
 
 import torch
@@ -8,9 +8,8 @@ from ..layers import CE
 from ..layers.steps.grouping import grouped
 from ..layers.steps.moments import instance_variance
 from ..utils.errors import InputError
-from .collector import Collector, check_finite, feature_map
+from .collector import Collector, module_name, moments, pixels
 from .modules import Layers, ce_layers, norms, select
-from .running_moments import RunningCovariance, pixels
 
 POINTS = 'input', 'bd', 'ir', 'output'  # of a CE layer, as in Figure 5
 
@@ -18,10 +17,8 @@ POINTS = 'input', 'bd', 'ir', 'output'  # of a CE layer, as in Figure 5
 class Correlation(NamedTuple):
     """Of the channels at one point of a network, over all images and positions.
 
-    Attributes:
-        mean: mean |correlation| of all pairs of varying channels, in [0, 1]; NaN if there is none.
-        varying: number of channels that vary.
-        constant: number of channels with a deviation of 0, or within rounding of their mean.
+    `mean` is the mean |correlation| of all pairs of channels that vary, in [0, 1]; NaN if there is
+    none. The others are constant: their deviation is 0, or within rounding of their mean.
     """
     mean: float
     varying: int
@@ -37,87 +34,93 @@ def mean_correlation(covariance: Tensor, scale: Tensor, rounding: float) -> Corr
     varies = covariance.diagonal().sqrt() > 8 * rounding * scale
     covariance = covariance[varies][:, varies]
     channels = len(covariance)
-    mean = float('nan')
-    if channels > 1:
-        deviation = covariance.diagonal().sqrt()
-        correlation = (covariance / deviation / deviation.unsqueeze(-1)).abs().fill_diagonal_(0)
-        mean = (correlation.sum() / (channels * (channels - 1))).item()
-    return Correlation(mean, channels, len(varies) - channels)
+    deviation = covariance.diagonal().sqrt()
+    correlation = (covariance / deviation / deviation.unsqueeze(-1)).abs().fill_diagonal_(0)
+    mean = correlation.sum() / (channels * (channels - 1))  # NaN of one channel
+    return Correlation(mean.item(), channels, len(varies) - channels)
 
 
 class ChannelCorrelations(Collector):
-    """Mean absolute correlation between channels by depth; a `Collector`.
+    """Mean |correlation| between channels by depth; a `Collector`.
 
     A CE layer has the four points of Figure 5: its `input` x, which the norm returned; `bd`, W x;
-    `ir`, diag(w_n) x; and its `output`; without those of a branch that it does not have. A norm
+    `ir`, diag(w_n) x; and its `output`. The point of a branch that it lacks is left out. A norm
     has its `output`. The correlations are among all channels, not only within the groups. They
-    need many positions: independent channels correlate at about 0.8 / sqrt(positions). Each point
-    but `bd` keeps a matrix C x C in float64.
+    need many positions: independent channels correlate at about 0.8 / sqrt(positions).
 
-    Args:
-        model: any network, in evaluation mode.
-        layers: names of CE layers and norms, or regular expressions for whole names; None for all
-            CE layers, or all norms where there is no CE.
-
-    Raises:
-        InputError: there are neither, a pattern matches none, or a CE layer is in training mode,
-            which changes W.
+    The model is in evaluation mode. `layers` names CE layers and norms, see `select`; None is all
+    CE layers, or all norms where there is no CE.
     """
 
     def __init__(self, model: nn.Module, layers: Layers = None) -> None:
-        candidates = {**ce_layers(model), **norms(model)}
-        if layers is None:
-            candidates = ce_layers(model) or candidates
-        super().__init__(model, select(candidates, layers, 'CE layer or norm'), _Points)
+        found = ce_layers(model) if layers is None else {}
+        found = found or {**ce_layers(model), **norms(model)}
+        super().__init__(model, select(found, layers, 'CE layer or norm'), _points)
 
     def result(self) -> Dict[str, Dict[str, Correlation]]:
-        """{name: {point: Correlation}}, in the order of calls; an InputError unless finite."""
-        return {label: points.result(label) for label, points in self.statistics().items()}
+        """{name: {point: Correlation}}, in the order of calls."""
+        results = {}
+        for label, points in self.statistics().items():
+            found = {point: mean_correlation(x.covariance, x.mean.abs(), x.rounding)
+                     for point, x in points.items()}
+            layer = self._layers[module_name(label)]
+            if isinstance(layer, CE) and layer.has_bd:
+                # W is constant in evaluation, so the moments of x give those of W x.
+                x, whitening = points['input'], torch.block_diag(*layer.running_whitening.double())
+                found['bd'] = mean_correlation(whitening @ x.covariance @ whitening.mT,
+                                               whitening.abs() @ x.mean.abs(), x.rounding)
+            results[label] = {point: found[point] for point in POINTS if point in found}
+        return results
 
 
-class _Points:
-    """Of a CE layer or norm. W is constant in evaluation: the input's moments suffice for W x."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.ce = layer if isinstance(layer, CE) else None
-        rows = {'output': lambda _, output: pixels(feature_map(output))}
-        if self.ce:
-            rows['input'] = lambda inputs, _: pixels(inputs[0])
-        if self.ce and self.ce.has_ir:
-            rows['ir'] = lambda inputs, _: pixels(self._gates(inputs[0]) * inputs[0])
-        self.sums = {point: RunningCovariance(function) for point, function in rows.items()}
-
-    def add(self, inputs, output) -> None:
-        if self.ce:
-            check_running_statistics(self.ce)
-        for sums in self.sums.values():
-            sums.add(inputs, output)
-
-    def _gates(self, x: Tensor) -> Tensor:
-        """F(v_n), which is w_n up to s: a scale common to all does not change correlations."""
-        variance = instance_variance(grouped(x, self.ce.num_groups)).flatten(1)
-        # forward() by itself, so that hooks of others do not see this call
-        gates = self.ce.reweighting.forward(variance)
-        return gates.to(x.dtype).view(*gates.shape, *[1] * (x.dim() - 2))
-
-    def result(self, label: str) -> Dict[str, Correlation]:
-        found = {point: _correlation(label, sums) for point, sums in self.sums.items()}
-        if self.ce and self.ce.has_bd:
-            whitening = torch.block_diag(*self.ce.running_whitening.double())
-            found['bd'] = _correlation(label, self.sums['input'], whitening)
-        return {point: found[point] for point in POINTS if point in found}
+def _points(layer, inputs, output, before):
+    maps = {'output': output}
+    if isinstance(layer, CE):
+        x = maps['input'] = inputs[0]
+        weights = instance_weights(layer, x)
+        if layer.has_ir:
+            maps['ir'] = weights.to(x.dtype).view(*weights.shape, *[1] * (x.dim() - 2)) * x
+    return {point: moments(pixels(x), before and before[point]) for point, x in maps.items()}
 
 
-def check_running_statistics(ce: CE) -> None:
-    """Raises an InputError if W and s are those of each batch."""
+def instance_weights(ce: CE, x: Tensor) -> Optional[Tensor]:
+    """F(v_n) of x, (N, C), which is w_n but for the scale s that all have in common.
+
+    None without IR; an InputError if the layer is in training mode.
+    """
     if ce.uses_batch_statistics:
         raise InputError('the CE layer is in training mode, where its operator is another one in '
                          'each batch; call model.eval() first')
+    if not ce.has_ir:
+        return None
+    return ce.reweighting(instance_variance(grouped(x, ce.num_groups)).flatten(1))
 
 
-def _correlation(label: str, x: RunningCovariance, matrix: Optional[Tensor] = None) -> Correlation:
-    """Of x, or of matrix @ x."""
-    covariance, scale = check_finite(label, x.covariance), x.mean.abs()
-    if matrix is not None:
-        covariance, scale = matrix @ covariance @ matrix.mT, matrix.abs() @ scale
-    return mean_correlation(covariance, scale, x.rounding)
+class Spread(NamedTuple):
+    """Deviation of w_n over images (biased) / its mean, (C,), float64, CPU; the mean over C."""
+    per_channel: Tensor
+    mean: float
+
+
+class ReweightingSpread(Collector):
+    """Spread over images of the IR weights w_n (equation 8); a `Collector`.
+
+    0 means that all images get the same weights, so that IR is a static scaling. The model is in
+    evaluation mode. `layers` names CE layers, see `select`.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers = None) -> None:
+        with_ir = {name: ce for name, ce in ce_layers(model).items() if ce.has_ir}
+        # (C, N, 1): each channel by itself
+        super().__init__(model, select(with_ir, layers, 'CE layer with IR') if layers else with_ir,
+                         lambda ce, inputs, output, before:
+                         moments(instance_weights(ce, inputs[0]).mT.unsqueeze(-1), before))
+
+    def result(self) -> Dict[str, Spread]:
+        """By CE layer with IR, in the order of calls; empty unless there were two images."""
+        found = {}
+        for label, weights in self.statistics().items():
+            if weights.count > 1:
+                spread = (weights.covariance.sqrt().squeeze(-1) / weights.mean).flatten().cpu()
+                found[label] = Spread(spread, spread.mean().item())
+        return found

@@ -1,9 +1,11 @@
-"""The layers of a network that can be measured, and their selection by name."""
+"""The layers of a network that can be measured, their selection by name, and which CE follows."""
 import re
-from contextlib import contextmanager
-from typing import Dict, Iterator, Optional, Sequence, Union
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Union
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..layers import CE, DBN, IterNorm
 from ..models.insert import NormCE, channels_of, is_norm
@@ -12,10 +14,7 @@ from ..utils.errors import InputError
 # Section 2 speaks of ReLU, LeakyReLU and ELU.
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU,
               nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus)
-
-# Regular expressions, each of which must match the whole dotted name of at least one layer;
-# a name is one for itself. None selects all layers of the kind.
-Layers = Optional[Union[str, Sequence[str]]]
+Layers = Optional[Union[str, Sequence[str]]]  # see `select`
 
 
 def norms(model: nn.Module) -> Dict[str, nn.Module]:
@@ -47,9 +46,9 @@ def _outside_ce(model: nn.Module) -> Dict[str, nn.Module]:
 def stage(name: str) -> str:
     """The stage of a network that a layer belongs to, from the layer's name.
 
-    That is the name up to its first part with a number: 'layer1' for layer1.0.relu. In a network
-    without stages, such as a VGG, it is the layer: 'features.3' for features.3.activate, '3' for
-    3. The layers in front of the first stage, such as relu or bn1.ce, belong to 'stem'.
+    It is the name up to its first part with a number: 'layer1' for layer1.0.relu. In a network
+    without stages it is the layer: 'features.3' for features.3.activate, '3' for 3. The layers in
+    front of the first stage, such as relu or bn1.ce, belong to 'stem'.
     """
     parts = name.removesuffix('.ce').split('.')
     if parts[0] == 'stem' or (len(parts) == 1 and not parts[0].isdigit()):
@@ -61,27 +60,23 @@ def stage(name: str) -> str:
 def select(candidates: Dict[str, nn.Module], layers: Layers, kind: str) -> Dict[str, nn.Module]:
     """Those of the candidates, modules by name, that `layers` names; in their order.
 
-    Raises:
-        InputError: there are no candidates, or a pattern matches none; `kind` says what they are.
+    `layers` holds names, or regular expressions for whole names; None is all. An InputError is
+    raised if there are no candidates, or an expression matches none; `kind` says what they are.
     """
     if not candidates:
         raise InputError(f'the model has no {kind}, so there is nothing to measure')
-    if layers is None:
-        return candidates
-    examples = 'such as ' + ', '.join(map(repr, list(candidates)[:5]))
-    chosen = set()
-    for pattern in [layers] if isinstance(layers, str) else layers:
+    patterns, chosen = '.*' if layers is None else layers, set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             matched = {name for name in candidates if re.fullmatch(pattern, name)}
         except re.error as error:
             raise InputError(f'layers: {pattern!r} is no regular expression ({error}); '
                              "for any characters write '.*'") from None
         if not matched:
-            raise InputError(f'layers: {pattern!r} matches the whole name of no {kind}; '
-                             f'there are {len(candidates)}, {examples}')
+            similar = get_close_matches(pattern, candidates, n=5, cutoff=0)
+            raise InputError(f'layers: {pattern!r} matches the whole name of no {kind}; there are '
+                             f'{len(candidates)}, such as {", ".join(map(repr, similar))}')
         chosen |= matched
-    if not chosen:
-        raise InputError(f'layers is empty; name at least one {kind}, {examples}')
     return {name: module for name, module in candidates.items() if name in chosen}
 
 
@@ -96,3 +91,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def mark(output: Tensor, origin: Any) -> None:
+    """Note on a norm's output where it comes from."""
+    if output.is_inference():
+        raise InputError('measure under torch.no_grad() instead of torch.inference_mode()')
+    output.norm_origin = origin, output._version
+
+
+def origin_of(x: Tensor) -> Any:
+    """What `mark` noted; None if x is no norm's output or a rectifier changed it in place."""
+    origin, version = getattr(x, 'norm_origin', (None, None))
+    return origin if origin is not None and version == x._version else None
+
+
+def norm_ce_pairs(model: nn.Module, run: Callable[[], object]) -> Dict[str, str]:
+    """{name of a norm: name of the CE layer that follows it directly}, in the order of calls.
+
+    `run` calls the model once, such as `lambda: model(images)`, in evaluation mode and without
+    gradients. A CE layer behind a rectifier, or in front of its norm, is in no pair.
+    """
+    found = {}
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for name, norm in norms(model).items():
+            hooks.enter_context(norm.register_forward_hook(
+                lambda norm, inputs, output, name=name: mark(output, name)))
+        for name, ce in ce_layers(model).items():
+            hooks.enter_context(ce.register_forward_pre_hook(
+                lambda ce, inputs, name=name: found.update({origin_of(inputs[0]): name})))
+        run()
+    found.pop(None, None)
+    return found

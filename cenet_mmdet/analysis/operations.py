@@ -1,6 +1,6 @@
 """How many operations a computation takes: on a GPU each is a kernel launch, whatever its size."""
 from collections import Counter
-from typing import Any, Callable, Tuple
+from typing import Callable, Tuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,17 +12,13 @@ VIEWS = ('view', '_unsafe_view', 'reshape', '_reshape_alias', 'expand', 't', 'tr
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts the operations that torch dispatches inside a `with` statement, by name.
-
-    Attributes:
-        operations: e.g. `Counter({'bmm': 3, 'add': 1})`; views and empty tensors are left out.
-    """
+    """Counts operations inside a `with` statement, by name, without views and empty tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: Counter = Counter()
+        self.operations = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Tuple = (), kwargs: Any = None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).split('.')[1]
         if name not in VIEWS and not name.startswith('empty'):
             self.operations[name] += 1
@@ -30,17 +26,11 @@ class CountOperations(TorchDispatchMode):
 
 
 def count_operations(forward: Callable[[], Tensor], backward: bool) -> Tuple[Counter, Counter]:
-    """Operations of a forward pass, and of the backward pass of its output.
-
-    Args:
-        forward: computes an output.
-        backward: whether to count the backward pass, too.
-    """
-    with CountOperations() as counted:
+    """Operations of what computes an output and, if `backward`, of the output's backward pass."""
+    with CountOperations() as ahead:
         out = forward()
-    ahead, back = counted.operations, CountOperations()
-    if backward:
-        gradient = out.new_ones(out.shape)
-        with back:
+    gradient = out.new_ones(out.shape)
+    with CountOperations() as back:
+        if backward:
             out.backward(gradient)
-    return ahead, back.operations
+    return ahead.operations, back.operations

@@ -1,27 +1,26 @@
 """Checkpoints, read without running code that their pickle may hold."""
-import importlib
-import os
 import pickle
+import pkgutil
 import re
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 from torch import Tensor
 
 from ..utils.errors import first_line
+from ..utils.files import PathLike
 from .convert import CheckpointError, named_tensors
 
 # What the checkpoints of MMEngine's runs hold beside tensors and plain Python, in the releases of
 # numpy that have it.
 MMENGINE_OBJECTS = (
-    ('mmengine.logging.history_buffer', 'HistoryBuffer'),
-    ('numpy', 'ndarray'), ('numpy', 'dtype'),
-    ('numpy._core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
-    ('numpy.core.multiarray', '_reconstruct'), ('numpy.core.multiarray', 'scalar'),
-    *(('numpy.dtypes', f'{name}DType')
+    'mmengine.logging.history_buffer:HistoryBuffer', 'numpy:ndarray', 'numpy:dtype',
+    'numpy._core.multiarray:_reconstruct', 'numpy._core.multiarray:scalar',
+    'numpy.core.multiarray:_reconstruct', 'numpy.core.multiarray:scalar',
+    *(f'numpy.dtypes:{name}DType'
       for name in ('Float64', 'Float32', 'Int64', 'Int32', 'UInt8', 'Bool', 'Str')),
 )
 # Objects can be allowed by their name from torch 2.6 on.
@@ -32,12 +31,8 @@ class UnsafeCheckpointError(CheckpointError):
     """A checkpoint cannot be read without running code."""
 
 
-def load(path: Union[str, os.PathLike]) -> Any:
+def load(path: PathLike) -> Any:
     """What `torch.save` wrote, on the CPU; tensors are read from the disk when they are used.
-
-    Args:
-        path: of a state dict, or of a checkpoint of the authors, of torchvision or of an MMEngine
-            run.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged or no checkpoint.
@@ -49,31 +44,29 @@ def load(path: Union[str, os.PathLike]) -> Any:
         with _allowed_objects():
             return torch.load(str(path), map_location='cpu', weights_only=True,
                               mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise _refusal(path, error) from error
     except Exception as error:  # damaged files raise about anything
-        if 'TorchScript' in str(error):
-            raise CheckpointError(f'not a checkpoint: {path} is a TorchScript program. Give the '
-                                  'state dict that it was made from.') from error
-        raise CheckpointError(f'not a checkpoint: {path} is damaged or was not written by '
-                              f'torch.save ({first_line(error)}). Get or write it again.'
-                              ) from error
+        raise _explained(error, path) from error
 
 
-def load_tensors(path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
-    """The tensors of a checkpoint by name.
-
-    Args:
-        path: of a state dict, or of a checkpoint with one under `state_dict`.
-
-    Raises:
-        CheckpointError: as `load`, or there are no tensors.
-    """
+def load_if_safe(path: PathLike) -> Optional[Mapping]:
+    """What `load` reads; None for what only MMEngine reads: s3:// and objects of other classes."""
+    if '://' in str(path):
+        return None
     try:
-        return named_tensors(load(path))
+        checkpoint = load(path)
+    except UnsafeCheckpointError:
+        return None
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path} holds no state dict.')
+    return checkpoint
+
+
+def load_tensors(path: PathLike) -> Dict[str, Tensor]:
+    """The `named_tensors` of a file; raises as `load` does, or where there are no tensors."""
+    checkpoint = load(path)
+    try:
+        return named_tensors(checkpoint)
     except CheckpointError as error:
-        if str(path) in str(error):
-            raise
         raise CheckpointError(f'no weights in {path}: {error}') from None
 
 
@@ -81,10 +74,10 @@ def _allowed_objects():
     if not CAN_ALLOW:
         return nullcontext()
     # A HistoryBuffer refers to its own methods.
-    found: List[Any] = [(_history_buffer_method, 'builtins.getattr')]
-    for module, name in MMENGINE_OBJECTS:
+    found = [(_history_buffer_method, 'builtins.getattr')]
+    for name in MMENGINE_OBJECTS:
         try:
-            found.append((getattr(importlib.import_module(module), name), f'{module}.{name}'))
+            found.append((pkgutil.resolve_name(name), name.replace(':', '.')))
         except (ImportError, AttributeError):  # another release of numpy, or no MMEngine
             continue
     return torch.serialization.safe_globals(found)
@@ -98,7 +91,10 @@ def _history_buffer_method(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f'GLOBAL getattr({owner}, {name!r}) is not allowed')
 
 
-def _refusal(path, error: pickle.UnpicklingError) -> CheckpointError:
+def _explained(error: Exception, path: PathLike) -> CheckpointError:
+    if 'TorchScript' in str(error):
+        return CheckpointError(f'not a checkpoint: {path} is a TorchScript program. Give the state '
+                               'dict that it was made from.')
     # torch puts pages of advice around the reason.
     reason = str(error).partition('WeightsUnpickler error: ')[2].partition('Check the doc')[0]
     refused = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", reason or str(error))
@@ -111,5 +107,5 @@ def _refusal(path, error: pickle.UnpicklingError) -> CheckpointError:
             f'{path} holds more than weights, and torch {torch.__version__} cannot read it '
             'without running its code. Read it with torch 2.6 or newer.')
     return UnsafeCheckpointError(
-        f'{path} holds {refused.group(1) or refused.group(2)}, which is neither a weight nor of '
-        "an MMEngine run: reading it would run its code. Save the file's state_dict alone.")
+        f'{path} holds {refused[1] or refused[2]}, which is neither a weight nor of an MMEngine '
+        "run: reading it would run its code. Save the file's state_dict alone.")

@@ -1,46 +1,36 @@
 """The checkpoint that an interrupted run goes on from."""
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional
 
 from ..utils.errors import InputError
-from .load import CheckpointError, UnsafeCheckpointError, load
-
-# What MMEngine reads to go on with a run.
-NEEDED = ('meta', 'state_dict', 'optimizer', 'message_hub')
+from ..utils.files import PathLike
+from .load import CheckpointError, load_if_safe
 
 
-def last_checkpoint(work_dir: Union[str, os.PathLike]) -> Optional[str]:
-    """Path of the newest checkpoint in a work directory, None if there is none.
-
-    MMEngine notes the path in the file `last_checkpoint`. Where the directory was moved, that
-    path is an old one, and the checkpoint of the same name is meant.
-    """
+def last_checkpoint(work_dir: PathLike) -> Optional[str]:
+    """Path of the newest checkpoint in a work directory, None if there is none."""
     folder = Path(work_dir)
+    # MMEngine notes the path here. If the directory was moved, the file's name is still right.
     pointer = folder / 'last_checkpoint'
     noted = Path(pointer.read_text().strip()) if pointer.is_file() else Path()
-    for path in (noted, folder / noted.name):
-        if path.is_file():
-            return str(path)
-    found = sorted(folder.glob('*.pth'), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
+    newest_first = sorted(folder.glob('*.pth'), key=os.path.getmtime, reverse=True)
+    candidates = (noted, folder / noted.name, *newest_first)
+    return next((str(path) for path in candidates if path.is_file()), None)
 
 
-def check_resumable(path: Union[str, os.PathLike]) -> None:
+def check_resumable(path: PathLike) -> None:
     """Raises an InputError if a run cannot go on from the checkpoint."""
-    if '://' in str(path):
-        return  # MMEngine's own
     try:
-        checkpoint = load(path)
-    except UnsafeCheckpointError:
-        return  # MMEngine reads it, and trusts it
+        checkpoint = load_if_safe(path)
     except CheckpointError as error:
-        intact = [str(other) for other in Path(path).parent.glob('*.pth') if _is_intact(other)]
+        intact = filter(_is_intact, Path(path).parent.glob('*.pth'))
         newest = max(intact, key=os.path.getmtime, default=None)
-        raise InputError(f'cannot resume: {error}'
-                         + (f' Or resume from an intact one: --resume {newest}' if newest else '')
-                         ) from error
-    lacking = [key for key in NEEDED if key not in checkpoint]
+        advice = f' Or resume from an intact one: --resume {newest}' if newest else ''
+        raise InputError(f'cannot resume: {error}{advice}') from error
+    needed = ('meta', 'state_dict', 'optimizer', 'message_hub')  # what MMEngine reads
+    lacking = [key for key in needed if checkpoint is not None and key not in checkpoint]
     if lacking:
         raise InputError(f'cannot resume: {path} has no {", ".join(lacking)}. To start a new run '
                          f'from its weights, pass --cfg-options load_from={path} instead of '
@@ -48,10 +38,7 @@ def check_resumable(path: Union[str, os.PathLike]) -> None:
 
 
 def _is_intact(path: Path) -> bool:
-    try:
-        load(path)
-    except UnsafeCheckpointError:
+    with suppress(CheckpointError):
+        load_if_safe(path)
         return True
-    except CheckpointError:
-        return False
-    return True
+    return False

@@ -1,7 +1,6 @@
 """Run a model on an example, and compare its outputs with those of another."""
 import copy
 import math
-from collections import Counter
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 import torch
@@ -44,42 +43,26 @@ def deviation(ours: List[Tensor], expected: List[Tensor]) -> float:
     return largest
 
 
-def first_difference(model: nn.Module, folded: nn.Module, example: Any,
-                     inside: Set[str], tolerance: float) -> Tuple[str, float]:
-    """Name of the first module whose output differs, and the deviation.
+def first_difference(model: nn.Module, folded: nn.Module, example: Any, inside: Set[str],
+                     tolerance: float) -> Optional[Tuple[str, float]]:
+    """The first module without submodules whose outputs deviate: its name, and by how much.
 
-    Args:
-        model, folded: hooks are left on both.
-        example: as for `run`.
-        inside: names of modules whose outputs are meant to differ.
-        tolerance: deviations up to it are none.
+    Modules named in `inside` are passed over. Hooks are left on both models.
     """
-    expected, found = _outputs(model, example, inside), _outputs(folded, example, set())
-    for key, outputs in expected.items():
-        kept = [i for i, output in enumerate(outputs) if output is not None]
-        ours = found.get(key, outputs)
-        difference = deviation([ours[i] for i in kept], [outputs[i] for i in kept])
+    expected, found = _outputs(model, example), _outputs(folded, example)
+    for name, outputs in expected.items():
+        difference = 0. if name in inside else deviation(found.get(name, outputs), outputs)
         if not difference <= tolerance:
-            return key[0], difference
-    return 'the model', math.inf
+            return name, difference
+    return None
 
 
-def _outputs(model: nn.Module, example: Any,
-             inside: Set[str]) -> Dict[Tuple[str, int], List[Optional[Tensor]]]:
-    """Outputs of all calls, in the order in which they end, by module and number of the call.
-
-    None stands for an output of a module `inside`, which a container may return too.
-    """
-    calls, found = Counter(), {}
-
-    def after(name: str, outputs: List[Tensor]) -> None:
-        calls[name] += 1
-        for output in outputs:
-            output.is_inside = name in inside or getattr(output, 'is_inside', False)
-        found[name, calls[name]] = [None if o.is_inside else o.clone() for o in outputs]
-
+def _outputs(model: nn.Module, example: Any) -> Dict[str, List[Tensor]]:
+    """Outputs of all calls of modules without submodules, in the order of their first calls."""
+    outputs = {}
     for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda _, inputs, output, name=name: after(name or 'the model', list(tensors(output))))
+        if next(module.children(), None) is None:
+            module.register_forward_hook(lambda _, inputs, output, name=name: outputs.setdefault(
+                name, []).extend(tensor.clone() for tensor in tensors(output)))
     run(model, example)
-    return found
+    return outputs

@@ -1,19 +1,18 @@
 """A convolution, its batch norm and CE as one operation, for inference.
 
-With W2 the convolution's weights times gamma / sigma, and b2 what is left of the norm as
-a bias, CE's input is x = W2 u + b2, and its output
+With W2 the convolution's weights times gamma / sigma, and b2 the bias that is left of the norm,
+CE's input is x = W2 u + b2, and its output
 
     p_n = [A + a diag(w_n)] x_n = M_n u_n + c_n       A = lambda W, a = 1 - lambda
     M_n = W1 + a diag(w_n) W2                         W1 = A W2
     c_n = b1 + a w_n b2                               b1 = A b2
 
-BD alone is merged into the weights for good (the paper's section 3.1). IR looks at the
-variances of x; for a 1x1 convolution they follow from the covariance S_n of u,
+BD alone is merged into the weights for good (section 3.1). IR needs the variances of x; for a 1x1
+convolution they follow from the covariance S_n of u,
 
     v_n = diag(W2 S_n W2^T)
 
-so that x, which has four times the channels of u in a bottleneck, is never made, and
-p takes one batched product, as the convolution by itself.
+so that x, which has four times the channels of u in a bottleneck, is never made.
 """
 import copy
 import math
@@ -21,49 +20,34 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import CE
 from ..layers.steps.moments import centred_scatter, safe_count
 from ..utils.compat import is_exporting
 
-# The products that make M_n and v_n do not depend on the number of pixels; below this many
-# for each of u's channels, x and CE's own four steps are cheaper (measured on two CPU cores).
+# The cost of M_n and v_n does not depend on the number of pixels. Below this many for each of u's
+# channels, x and CE's own four steps are cheaper (measured on two CPU cores).
 PIXELS_PER_CHANNEL = 1.3
-
-
-def operator_parts(ce: CE) -> Tuple[Tensor, float]:
-    """A (G, d, d), in float64, and a, where CE in evaluation is p_n = [A + a diag(w_n)] x_n."""
-    ratio = float(ce.ratio(torch.float64))
-    strength = float(ce.strength) if ce.identity_start else 1.
-    device = ce.num_batches_tracked.device
-    identity = torch.eye(ce.group_size, dtype=torch.float64, device=device)
-    matrix = ((1 - strength) * identity).repeat(ce.num_groups, 1, 1)
-    if ce.has_bd:
-        matrix += strength * ratio * ce.running_whitening.double()
-    return matrix, strength * (1 - ratio)
 
 
 @torch.no_grad()
 def fold(layer: nn.Module, norm: nn.Module, ce: Optional[CE]) -> nn.Module:
-    """A module that computes ce(norm(layer(u))), all in evaluation mode.
+    """A module that computes ce(norm(layer(u))), or norm(layer(u)) without CE, in evaluation mode.
 
-    Args:
-        layer: a convolution, not transposed, or a linear layer.
-        norm: a batch norm with running statistics.
-        ce: None for the layer and norm alone.
-
-    Returns:
-        A layer like the one given if possible, else a `CEConv2d`.
+    `layer` is a convolution, not transposed, or a linear layer, and `norm` a batch norm with
+    running statistics. The result is such a layer, too, if possible, else a `CEConv2d`.
     """
-    layer = _fold_norm(layer, norm)
+    dtype = layer.weight.dtype
+    layer, norm = (copy.deepcopy(module).double().eval() for module in (layer, norm))
+    layer = fuse_conv_bn_eval(layer, norm).to(dtype)
     if ce is None:
         return layer
-    # BD that mixes channels of several groups of a grouped convolution is not merged into it. The
-    # convolution would need larger groups: behind a depthwise one of 3x3, 9d products for each
-    # output, while BD itself has d.
+    # BD that mixes channels of several groups of a convolution is not merged into it, which would
+    # need larger groups: behind a depthwise 3x3, 9d products for each output, while BD has d.
     if ce.has_ir or ce.num_groups % getattr(layer, 'groups', 1):
         return CEConv2d(layer, ce)
-    layer.weight.data, layer.bias.data = _multiplied(operator_parts(ce)[0], layer)
+    layer.weight.data, layer.bias.data = _multiplied(_operator_parts(ce)[0], layer)
     return layer
 
 
@@ -75,8 +59,7 @@ class CEConv2d(nn.Module):
         ce: in evaluation mode.
 
     Shape:
-        - Input: (N, C_in, H, W), of which N, H and W may be 0 or more, or with fewer or more
-          spatial dimensions.
+        - Input: (N, C_in, H, W), or with fewer or more spatial dimensions.
         - Output: (N, C, H_out, W_out), in the input's type and memory format where the
           convolution is 1x1; variances and the algebra on them are float32 or float64.
     """
@@ -86,23 +69,24 @@ class CEConv2d(nn.Module):
         super().__init__()
         self.conv = conv
         self.ce = ce
-        self.can_skip_x = ce.has_ir and _is_pointwise(conv)
-        if self.can_skip_x:
-            matrix, self.ir_share = operator_parts(ce)  # A, a
+        # whether it is a matrix product at every pixel
+        self.is_pointwise = not isinstance(conv, nn.Linear) and (
+            {*conv.kernel_size, *conv.stride, conv.groups} == {1}
+            and (isinstance(conv.padding, str) or not any(conv.padding)))
+        if ce.has_ir and self.is_pointwise:
+            matrix, self.ir_share = _operator_parts(ce)  # A, a
             weight, bias = _multiplied(matrix, conv)
             self.register_buffer('bd_weight', weight.flatten(1), persistent=False)  # W1
             self.register_buffer('bd_bias', bias, persistent=False)  # b1
         self.eval()
 
     def forward(self, u: Tensor) -> Tensor:
-        if self.can_skip_x and self._is_large(u):
+        # An exported program has one form for all sizes.
+        if self.ce.has_ir and self.is_pointwise and (
+                is_exporting() or math.prod(u.shape[2:]) > PIXELS_PER_CHANNEL * u.shape[1]):
             with torch.autocast(u.device.type, enabled=False):
                 return self._without_x(u)
         return self.ce(self.conv(u))
-
-    def _is_large(self, u: Tensor) -> bool:
-        # An exported program has one form for all sizes.
-        return is_exporting() or math.prod(u.shape[2:]) > PIXELS_PER_CHANNEL * u.shape[1]
 
     def _without_x(self, u: Tensor) -> Tensor:
         maps = u.flatten(2)  # (N, C_in, L)
@@ -130,27 +114,15 @@ class CEConv2d(nn.Module):
         return super().train(False)
 
 
-def _is_pointwise(layer: nn.Module) -> bool:
-    """Whether it is a convolution that is a matrix product at every pixel."""
-    return not isinstance(layer, nn.Linear) and (
-        {*layer.kernel_size, *layer.stride, layer.groups} == {1}
-        and (isinstance(layer.padding, str) or not any(layer.padding)))
-
-
-def _fold_norm(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """A copy of the layer that computes norm(layer(u))."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.double()
-    bias = 0. if layer.bias is None else layer.bias.double()
-    bias = scale * (bias - norm.running_mean.double())
-    if norm.affine:
-        bias = bias + norm.bias.double()
-    weight = scale.view(-1, *[1] * (layer.weight.dim() - 1)) * layer.weight.double()
-    folded = copy.deepcopy(layer)
-    folded.weight.data = weight.to(layer.weight.dtype)
-    folded.bias = nn.Parameter(bias.to(layer.weight.dtype))
-    return folded
+def _operator_parts(ce: CE) -> Tuple[Tensor, float]:
+    """A (G, d, d), in float64, and a, where CE in evaluation is p_n = [A + a diag(w_n)] x_n."""
+    ratio = float(ce.ratio(torch.float64))
+    strength = float(ce.strength) if ce.identity_start else 1.
+    identity = torch.eye(ce.group_size, dtype=torch.float64, device=ce.num_batches_tracked.device)
+    matrix = ((1 - strength) * identity).repeat(ce.num_groups, 1, 1)
+    if ce.has_bd:
+        matrix += strength * ratio * ce.running_whitening.double()
+    return matrix, strength * (1 - ratio)
 
 
 def _multiplied(matrix: Tensor, layer: nn.Module) -> Iterator[Tensor]:

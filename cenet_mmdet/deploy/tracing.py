@@ -1,10 +1,9 @@
 """Which convolution, norm and CE follow each other, observed while the model runs.
 
-Modules do not say in which order they are called. But while the model runs, a norm gets the very
-tensor that the convolution returned. Whether other code reads this tensor too, such as a residual
-addition or an in-place ReLU, shows in the operators that take it.
+While the model runs, a norm gets the very tensor that the convolution returned. Whether other code
+reads it too, such as a residual addition or an in-place ReLU, shows in the operators that take it.
 """
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,24 +17,11 @@ BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.Ba
 OTHER = None  # stands for code outside of the modules that are watched
 
 
-class Chain(NamedTuple):
-    """Modules that follow each other; nothing else reads what goes from one to the next."""
-    layer: Optional[nn.Module]  # of LAYERS; None if there is none that can be folded into
-    norm: nn.Module
-    batch_norm: nn.Module  # computes what the norm does before its activation
-    ce: Optional[CE]
+def trace(model: nn.Module, example: Any, tolerance: float) -> Tuple[Any, List[Tuple], Dict]:
+    """Run a model in evaluation mode: its output, its chains, and why a CE cannot be folded.
 
-
-def trace(model: nn.Module, example: Any, tolerance: float) -> Tuple[Any, List[Chain], Dict]:
-    """Run the model once.
-
-    Args:
-        model: in evaluation mode.
-        example: as for `compare.run`.
-        tolerance: largest relative deviation of a norm from a batch norm.
-
-    Returns:
-        The output; the chains with a layer or a CE; for each CE that cannot be folded, why.
+    A chain is a layer of `LAYERS` or None, a norm, a batch norm that computes what the norm does
+    before its activation (up to the relative tolerance), and CE or None.
     """
     flow = Flow(tolerance)
     handles = [handle for module in model.modules() for handle in flow.watch(module)]
@@ -45,32 +31,29 @@ def trace(model: nn.Module, example: Any, tolerance: float) -> Tuple[Any, List[C
     for handle in handles:
         handle.remove()
     chains = flow.chains()
-    folded = {chain.ce for chain in chains}
-    problems = {ce: flow.problem(ce, ce in folded) for ce in flow.sources if isinstance(ce, CE)}
-    return output, chains, {ce: problem for ce, problem in problems.items() if problem}
+    chained = {ce for *_, ce in chains}
+    problems = {ce: flow.problem(ce, ce in chained) for ce in flow.sources if isinstance(ce, CE)}
+    return output, chains, {ce: why for ce, why in problems.items() if why}
 
 
 class Flow(TorchDispatchMode):
     """Records which modules made a module's input, and which read its output.
 
     Attributes:
-        sources, readers: these modules, over all calls.
+        sources, readers: these modules by module, over all calls.
         batch_norms: for each norm, a batch norm that computes the same; None if there is none.
     """
 
     def __init__(self, tolerance: float) -> None:
         super().__init__()
         self.tolerance = tolerance
-        self.sources: Dict[nn.Module, Set] = {}
-        self.readers: Dict[nn.Module, Set] = {}
-        self.batch_norms: Dict[nn.Module, Optional[nn.Module]] = {}
-        self.running: List[Optional[nn.Module]] = [OTHER]
+        self.sources, self.readers, self.batch_norms = {}, {}, {}
+        self.running = [OTHER]  # the modules that are being called
 
     def watch(self, module: nn.Module) -> List:
         """Hook a module that may be part of a chain; the handles. Others' hooks rule it out."""
-        does_more = (module._forward_hooks or module._forward_pre_hooks
-                     or 'forward' in vars(module))
-        if does_more or not (is_layer(module) or is_norm(module) or isinstance(module, CE)):
+        if (module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module)
+                or not (is_layer(module) or is_norm(module) or isinstance(module, CE))):
             return []
         return [module.register_forward_pre_hook(self.before),
                 module.register_forward_hook(self.after)]
@@ -82,11 +65,8 @@ class Flow(TorchDispatchMode):
         self.running.append(module)
 
     def after(self, module: nn.Module, inputs: Tuple, output: Any) -> None:
-        if is_norm(module):
-            batch_norm = as_batch_norm(module, inputs, output, self.tolerance)
-            if self.batch_norms.get(module, batch_norm) is None:  # in an earlier call
-                batch_norm = None
-            self.batch_norms[module] = batch_norm
+        if is_norm(module) and self.batch_norms.get(module, module) is not None:
+            self.batch_norms[module] = as_batch_norm(module, inputs, output, self.tolerance)
         self.running.pop()
         if isinstance(output, Tensor):
             output.made_by = module
@@ -102,16 +82,15 @@ class Flow(TorchDispatchMode):
             if hasattr(tensor, 'made_by'):
                 self.readers[tensor.made_by].add(self.running[-1])
 
-    def chains(self) -> List[Chain]:
+    def chains(self) -> List[Tuple]:
+        """Modules that follow each other; nothing else reads what goes from one to the next."""
         found = []
         for norm, batch_norm in self.batch_norms.items():
             layer, ce = _only(self.sources[norm]), self._follower(norm)
-            if not (is_layer(layer) and self._follower(layer) is norm):
-                layer = None
-            if not isinstance(ce, CE) or activation_of(norm) is not None:
-                ce = None
-            if batch_norm is not None and (layer is not None or ce is not None):
-                found.append(Chain(layer, norm, batch_norm, ce))
+            layer = layer if is_layer(layer) and self._follower(layer) is norm else None
+            ce = ce if isinstance(ce, CE) and activation_of(norm) is None else None
+            if batch_norm is not None and (layer, ce) != (None, None):
+                found.append((layer, norm, batch_norm, ce))
         return found
 
     def _follower(self, module: nn.Module) -> Optional[nn.Module]:
@@ -154,12 +133,9 @@ def as_batch_norm(norm: nn.Module, inputs: Tuple, output: Tensor,
     batch_norm = BATCH_NORMS[inputs[0].dim()](
         len(mean), eps=getattr(norm, 'eps', 1e-5), affine=norm.weight is not None,
         device=mean.device, dtype=mean.dtype).eval()
-    for name in FROZEN:
-        if getattr(norm, name) is not None:
-            getattr(batch_norm, name).data.copy_(getattr(norm, name))
-    expected = batch_norm(inputs[0])
-    activation = activation_of(norm)
-    expected = expected if activation is None else activation(expected)
+    batch_norm.load_state_dict({name: getattr(norm, name) for name in FROZEN
+                                if getattr(norm, name) is not None}, strict=False)
+    expected = (activation_of(norm) or nn.Identity())(batch_norm(inputs[0]))
     return batch_norm if deviation([output], [expected]) <= tolerance else None
 
 

@@ -1,8 +1,4 @@
-"""MMEngine's distributed training, also on machines without a GPU, and an orderly end of it.
-
-MMEngine's launcher and model wrapper need an accelerator. With what stands here the same commands
-run on CPUs, to try out or debug a config. With a GPU only the end is ours.
-"""
+"""MMEngine's distributed training, also on machines without a GPU, and an orderly end of it."""
 import gc
 import logging
 import traceback
@@ -25,14 +21,9 @@ from torch import nn
 def process_group(cfg: Config) -> Iterator[None]:
     """Inside, MMEngine's Runner finds what `cfg.launcher` needs; afterwards the group is gone.
 
-    gloo's threads release the tensors of a collective some time after it is done, for which they
-    need the interpreter. One that is still at it while the interpreter shuts down aborts the
-    process, after all work is done. So the threads are joined here, which takes that nothing
-    refers to the group any more: neither a Runner, with its model wrapper, nor the frames of an
-    exception.
-
-    Args:
-        cfg: of a run. On a machine without a GPU, its model wrapper is replaced.
+    Without a GPU, the group and the model wrapper are ones for CPUs. gloo's threads need the
+    interpreter for a while after a collective, and abort the process if it shuts down meanwhile. So
+    they are joined here, for which no Runner and no exception's frames may refer to the group.
     """
     try:
         if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
@@ -50,22 +41,16 @@ def process_group(cfg: Config) -> Iterator[None]:
 
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
-    """MMDistributedDataParallel for modules on the CPU.
+    """MMDistributedDataParallel for modules on the CPU; it leaves `device_ids` unused.
 
     SyncBN layers become batch norms of each process, as torch has no SyncBN for CPUs. SyncCE
     layers stay synchronized.
-
-    Args:
-        module: the model.
-        device_ids: the GPUs that MMEngine offers; not used.
-        **kwargs: as MMDistributedDataParallel's.
     """
 
     def __init__(self, module: nn.Module, device_ids: Optional[Sequence] = None,
                  **kwargs: Any) -> None:
         if any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
-            print_log('SyncBN needs GPUs: on CPU each process normalizes by its own batch. '
-                      'SyncCE layers stay synchronized.', logger='current',
-                      level=logging.WARNING)
+            print_log('SyncBN needs GPUs: on CPU each process normalizes by its own batch. SyncCE '
+                      'layers stay synchronized.', logger='current', level=logging.WARNING)
             module = revert_sync_batchnorm(module)
         super().__init__(module, broadcast_buffers=False, **kwargs)

@@ -1,17 +1,16 @@
 """Looks at data and weights before a run starts: a hook for MMEngine's runner."""
 import os
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Set, Tuple
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from ..utils.errors import InputError
-from .annotations import EXAMPLES, AnnotationFile
+from .annotations import AnnotationFile, examples, missing_fields
 from .weights import weight_problems
-
-SIZES = 50  # images whose size is compared
 
 
 @HOOKS.register_module()
@@ -20,13 +19,10 @@ class DataCheckHook(Hook):
 
         custom_hooks = [dict(type='DataCheckHook')]
 
-    It looks at what the runner has built, on the main process: data sets in COCO's format, inside
-    wrappers such as ConcatDataset and RepeatDataset too (classes, fields, images, sizes of 50
-    images), MMDetection's CocoMetric (whether its annotation file is the data set's), and the
-    checkpoints that `init_cfg` and `load_from` name. docs/limits.md lists what it does not look at.
-
-    Raises:
-        InputError: with a line for each problem, which names the file and the fix.
+    It looks at what the runner has built: data sets in COCO's format, also inside wrappers
+    (classes, fields, images, sizes of 50 images), MMDetection's CocoMetric (whether its annotation
+    file is the data set's), and the checkpoints that `init_cfg` and `load_from` name. An InputError
+    has a line for each problem. docs/limits.md lists what the hook does not look at.
     """
     priority = 'VERY_HIGH'
 
@@ -34,7 +30,7 @@ class DataCheckHook(Hook):
         _refuse(lambda: weight_problems(runner.model, runner.cfg))
 
     def before_train(self, runner) -> None:
-        _refuse(lambda: [*_loader_problems('train', runner.train_dataloader),
+        _refuse(lambda: [*split_problems('train', runner.train_dataloader.dataset),
                          *_loop_problems('val', runner.val_loop)])
 
     def before_val(self, runner) -> None:
@@ -53,113 +49,76 @@ def _refuse(find_problems: Callable[[], Iterable[str]]) -> None:
         raise InputError('\n'.join(f'- {problem}' for problem in found[0]))
 
 
-def _loop_problems(name: str, loop) -> Iterator[str]:
+def _loop_problems(split: str, loop) -> Iterator[str]:
     if loop is not None:
-        yield from _loader_problems(name, loop.dataloader)
-        for dataset in leaves(loop.dataloader.dataset):
-            for metric in loop.evaluator.metrics:
-                yield from evaluator_problems(f'{name}_evaluator', metric, dataset)
+        yield from split_problems(split, loop.dataloader.dataset, loop.evaluator.metrics)
 
 
-def _loader_problems(name: str, loader) -> Iterator[str]:
-    for dataset in leaves(loader.dataset):
-        yield from dataset_problems(f'{name}_dataloader', dataset)
+def split_problems(split: str, dataset, metrics: Sequence = ()) -> Iterator[str]:
+    """What is wrong with a built data set, or those in a wrapper, and with the metrics on it."""
+    if find_spec('mmdet') is None:
+        return  # only its data sets and metrics are looked at
+    for leaf in leaves(dataset):
+        yield from dataset_problems(f'{split}_dataloader', leaf)
+        for metric in metrics:
+            yield from evaluator_problems(f'{split}_evaluator', metric, leaf)
 
 
-def leaves(dataset) -> Iterator:
-    """The data sets inside wrappers."""
+def leaves(dataset: Any) -> Iterator:
+    """The data sets inside wrappers, or their configs inside configs of wrappers."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if inner == [None]:
         yield dataset
-    for wrapped in filter(None, inner):
-        yield from leaves(wrapped)
+    else:
+        for wrapped in inner:
+            yield from leaves(wrapped)
 
 
 def dataset_problems(name: str, dataset) -> Iterator[str]:
-    """What is wrong with a built data set; those of other formats than COCO's are left alone.
-
-    Args:
-        name: where it stands in the config.
-        dataset: a CocoDataset of MMDetection, or of a class derived from it.
-    """
+    """What is wrong with a built data set; those of other formats than COCO's are left alone."""
     from mmdet.datasets import CocoDataset
 
     if not isinstance(dataset, CocoDataset) or '://' in dataset.ann_file:
         return
     file = AnnotationFile(dataset.ann_file)
-    for problem in file.problems(dataset.metainfo['classes'], _loads_masks(dataset)):
-        yield f'{name}, {file.path}: {problem}.'
-    yield from (f'{name}, {file.path}: {problem}.' for problem in _image_problems(file, dataset))
+    with_masks = any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
+    problems = [*file.problems(dataset.metainfo['classes'], with_masks),
+                _missing_images(file, dataset) or _wrong_sizes(dataset)]
+    yield from (f'{name}, {file.path}: {problem}.' for problem in problems if problem)
 
 
-def _loads_masks(dataset) -> bool:
-    return any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
-
-
-def _image_problems(file: AnnotationFile, dataset) -> Iterator[str]:
-    missing = _missing_images(file, dataset)
-    if missing:
-        yield (f'{len(missing)} of {len(dataset)} images are not there, such as '
-               f'{", ".join(missing[:EXAMPLES])}. Put them there, or correct data_root and '
-               'data_prefix')
-    else:
-        yield from _size_problems(dataset)
-
-
-def _missing_images(file: AnnotationFile, dataset) -> List[str]:
-    """Paths of images of the data set that are not there."""
+def _missing_images(file: AnnotationFile, dataset) -> Optional[str]:
     folder = dataset.data_prefix.get('img') or ''
-    if '://' in folder:
-        return []
-    if set(file.file_names) <= _names_below(folder, file.file_names):
-        return []
+    if '://' in folder or all(os.path.exists(os.path.join(folder, name))
+                              for name in file.file_names):
+        return None
     # Some of the file's images may be left out of the data set, or be named with escapes.
     paths = [dataset.get_data_info(index)['img_path'] for index in range(len(dataset))]
-    return [path for path in paths if not os.path.exists(path)]
+    missing = [path for path in paths if not os.path.exists(path)]
+    return (f'{len(missing)} of {len(dataset)} images are not there, such as {examples(missing)}. '
+            'Put them there, or correct data_root and data_prefix') if missing else None
 
 
-def _names_below(folder: str, wanted: Sequence[str]) -> set:
-    """Names of files relative to the folder, by one listing of each folder that is named."""
-    found = set()
-    for subfolder in {os.path.dirname(name) for name in wanted}:
-        path = os.path.join(folder, subfolder)
-        if os.path.isdir(path):
-            found.update(os.path.join(subfolder, name) for name in os.listdir(path))
-    return found
-
-
-def _size_problems(dataset) -> Iterator[str]:
-    """Compares the sizes in the file with the pictures, as they are loaded, of a few images."""
+def _wrong_sizes(dataset) -> Optional[str]:
+    """Compares the sizes in the file with the pictures, as they are loaded, of about 50 images."""
     from mmcv.transforms import LoadImageFromFile
 
     load = next((step for step in dataset.pipeline.transforms
                  if isinstance(step, LoadImageFromFile)), None)
-    if load is None or not len(dataset):
-        return
-    wrong: Dict[str, str] = {}
-    chosen = range(0, len(dataset), max(len(dataset) // SIZES, 1))
-    for index in chosen:
-        info = dataset.get_data_info(index)
-        loaded = load(dict(img_path=info['img_path']))['img'].shape[:2]
-        expected = info['height'], info['width']
-        if tuple(loaded) != expected:
-            wrong[info['img_path']] = (f'{expected[0]} x {expected[1]} in the file and '
-                                       f'{loaded[0]} x {loaded[1]} as loaded')
-    if wrong:
-        path, sizes = next(iter(wrong.items()))
-        yield (f'{len(wrong)} of {len(chosen)} images looked at have another height x width than '
-               f'the file says: {path} is {sizes}. Boxes and masks do not fit them. Pictures of '
-               'cameras may be stored rotated (EXIF): write them upright, or correct the file')
+    chosen = range(0, len(dataset) if load else 0, max(len(dataset) // 50, 1))
+    wrong = []
+    for info in map(dataset.get_data_info, chosen):
+        height, width = load(dict(img_path=info['img_path']))['img'].shape[:2]
+        if (height, width) != (info['height'], info['width']):
+            wrong.append(f'{info["img_path"]} is {info["height"]} x {info["width"]} in the file '
+                         f'and {height} x {width} as loaded')
+    return (f'{len(wrong)} of {len(chosen)} images looked at have another height x width than '
+            f'the file says: {wrong[0]}. Boxes and masks do not fit them. Pictures of cameras may '
+            'be stored rotated (EXIF): write them upright, or correct the file') if wrong else None
 
 
 def evaluator_problems(name: str, metric, dataset) -> Iterator[str]:
-    """Whether a CocoMetric compares the data set's images with annotations of other images.
-
-    Args:
-        name: where the evaluator stands in the config.
-        metric: built, of any kind.
-        dataset: built, of any kind.
-    """
+    """Whether a CocoMetric lacks fields, or compares the data set's images with those of others."""
     from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
 
@@ -167,20 +126,32 @@ def evaluator_problems(name: str, metric, dataset) -> Iterator[str]:
     if not isinstance(metric, CocoMetric) or coco is None or not isinstance(dataset, CocoDataset):
         return
     fields = ['area', 'iscrowd'] + ['segmentation'] * ('segm' in metric.metrics)
-    for field in fields:
-        lacking = [str(ann['id']) for ann in coco.anns.values() if field not in ann]
-        if lacking:
-            yield (f'{name}: {len(lacking)} of {len(coco.anns)} annotations have no {field!r}, '
-                   f'such as id {", ".join(lacking[:EXAMPLES])}. Add it, or name another ann_file.')
+    for problem in missing_fields('annotations', list(coco.anns.values()), fields):
+        yield f'{name}: {problem}.'
+    infos = list(map(dataset.get_data_info, range(len(dataset))))
     folder = dataset.data_prefix.get('img') or ''
-    other = [info['img_path'] for info in map(dataset.get_data_info, range(len(dataset)))
-             if _evaluated_as(coco, info['img_id'], folder) != Path(info['img_path'])]
+    names = {image_id: image['file_name'] for image_id, image in coco.imgs.items()}
+    other = [info['img_path'] for info in infos
+             if Path(folder, names.get(info['img_id'], '')) != Path(info['img_path'])]
     if other:
         yield (f'{name}: its ann_file has other images than {dataset.ann_file}, so detections are '
                f'compared with objects of other pictures: {len(other)} of {len(dataset)}, such as '
-               f'{", ".join(other[:EXAMPLES])}. Give it ann_file={dataset.ann_file!r}.')
+               f'{examples(other)}. Give it ann_file={dataset.ann_file!r}.')
+        return
+    # Two splits may name their pictures alike. Objects that somebody annotated anew are no error.
+    annotated = [info for info in infos if info['instances']]
+    other = [info['img_path'] for info in annotated
+             if _boxes(info).isdisjoint(map(_corners, coco.imgToAnns[info['img_id']]))]
+    if 2 * len(other) > len(annotated):
+        yield (f'{name}: its ann_file has other objects than {dataset.ann_file}: in {len(other)} '
+               f'of {len(annotated)} images no box is the same, such as {examples(other)}. Give '
+               f'it ann_file={dataset.ann_file!r}.')
 
 
-def _evaluated_as(coco, image_id, folder: str) -> Optional[Path]:
-    image = coco.imgs.get(image_id)
-    return Path(folder, image['file_name']) if image else None
+def _boxes(info: Dict) -> Set[Tuple]:
+    return {tuple(instance['bbox']) for instance in info['instances']}
+
+
+def _corners(annotation: Dict) -> Tuple:
+    x, y, width, height = annotation['bbox']
+    return x, y, x + width, y + height  # as CocoDataset computes them

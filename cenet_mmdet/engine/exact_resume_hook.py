@@ -16,10 +16,9 @@ from ..checkpoint.convert import CheckpointError, first_difference
 class ExactResumeHook(Hook):
     """Makes a resumed run repeat what an uninterrupted one does, to the bit on a CPU.
 
-    MMEngine restores weights, optimizer and schedules, but no random number
-    generators. This hook seeds them at the start of each epoch from the run's
-    seed, the epoch and the rank, those of the data workers too. It serves
-    training by epochs with a checkpoint at the end of an epoch.
+    MMEngine restores no random number generators. This hook seeds them, also in the data workers,
+    at the start of each epoch, from the run's seed, the epoch and the rank. It serves training by
+    epochs with a checkpoint at the end of an epoch.
 
     Raises:
         ValueError: if data workers outlive the epoch, for they cannot be seeded.

@@ -1,9 +1,10 @@
-"""Command lines of MMEngine's runs, with MMDetection's arguments."""
+"""Command lines of MMEngine's runs, with the arguments of MMDetection's."""
 import argparse
 import os
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..models.build import load_config
@@ -27,11 +28,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run_config(arguments: argparse.Namespace) -> Config:
-    """The config that the arguments of a `run_parser` name.
-
-    Raises:
-        InputError: there is no such config.
-    """
+    """The config that the arguments of a `run_parser` name."""
     os.environ.setdefault('LOCAL_RANK', str(arguments.local_rank))
     cfg = load_config(arguments.config, arguments.cfg_options)
     cfg.launcher = arguments.launcher
@@ -42,6 +39,4 @@ def run_config(arguments: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """MMEngine's Runner, or the one that `runner_type` names."""
-    from mmengine.registry import RUNNERS
-
     return RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)

@@ -60,8 +60,8 @@ class CE(nn.Module):
         reduction: the IR subnetwork's hidden width is C / reduction.
         bd_ratio: None to learn lambda, or its fixed value: 1.0 is BD alone and 0.0 is IR alone
             (Table 4). The branch that is not used is left out.
-        freeze: 'none'; 'adaptive' freezes lambda and the IR subnetwork; 'all' also uses the
-            running statistics, whatever ``train()`` is called with.
+        freeze: 'none'; 'adaptive' freezes lambda and the IR subnetwork; 'all' freezes every
+            parameter and uses the running statistics, whatever ``train()`` is called with.
         identity_start: compute x + t (CE(x) - x) with one more learned scalar t, `strength`, that
             starts at 0. A trained network then computes what it did when CE is put into it. Not
             in the paper.
@@ -141,8 +141,7 @@ class CE(nn.Module):
         self.register_buffer('num_batches_tracked',
                              torch.tensor(0, dtype=torch.long, device=device))
         self.reset_parameters()
-        if freeze != 'none':
-            self.requires_grad_(False)
+        self.freeze_parameters()
 
     @property
     def has_bd(self) -> bool:
@@ -178,6 +177,13 @@ class CE(nn.Module):
             nn.init.zeros_(self.lambda_logit)
         if self.identity_start:
             nn.init.zeros_(self.strength)
+
+    def freeze_parameters(self) -> None:
+        """Let the parameters that `freeze` names get no gradient."""
+        if self.freeze != 'none':
+            self.requires_grad_(False)
+        if self.identity_start:
+            self.strength.requires_grad_(self.freeze != 'all')
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self, x, self.in_channels)

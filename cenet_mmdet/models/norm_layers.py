@@ -12,16 +12,14 @@ from .insert import NormCE, build_layer
 
 
 class _CENorm(NormCE):
-    """The norm that a subclass names in `norm_type`, and CE behind it.
-
-    Checkpoints of the network with the plain norm load as they are.
+    """A norm with CE behind it; checkpoints of the plain norm load as they are.
 
     Args:
         num_features: number of channels.
         ce_cfg: arguments of the CE layer; `type` is CE unless given.
         **kwargs: arguments of the norm, as in a norm_cfg.
     """
-    norm_type = ''
+    norm_type: str  # as in a norm_cfg
 
     def __init__(self, num_features: int, ce_cfg: Optional[Dict] = None, **kwargs: Any) -> None:
         _, norm = build_norm_layer(dict(type=self.norm_type, **kwargs), num_features)

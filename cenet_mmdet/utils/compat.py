@@ -6,14 +6,8 @@ if hasattr(torch.compiler, 'is_compiling'):
 else:  # torch 2.1 and 2.2
     from torch._dynamo.external_utils import is_compiling
 
-if hasattr(torch.compiler, 'is_exporting'):
-    CAN_EXPORT = True
-    is_exporting = torch.compiler.is_exporting
-else:  # before torch 2.7, whose torch.export knows no variable sizes as they are needed here
-    CAN_EXPORT = False
-
-    def is_exporting() -> bool:
-        return False
-
+# Before torch 2.7, torch.export knows no variable sizes as they are needed here.
+CAN_EXPORT = hasattr(torch.compiler, 'is_exporting')
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 __all__ = ['CAN_EXPORT', 'is_compiling', 'is_exporting']

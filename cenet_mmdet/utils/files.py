@@ -5,16 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Union
 
+PathLike = Union[str, os.PathLike]
+
 
 @contextmanager
-def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
+def replacing(path: PathLike) -> Iterator[Path]:
     """A path to write a file or a new folder to, which takes the place of `path` at the end.
 
     It lies beside `path`, with the same suffix. After an exception it is deleted, and what was at
     `path` stays as it was.
-
-    Raises:
-        OSError: it cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f'.{path.stem}.{os.getpid()}.partial{path.suffix}')

@@ -1,19 +1,14 @@
-"""Where the configs and tools lie: beside the package in a checkout, inside it once installed."""
+"""Where the configs lie: beside the package in a checkout, inside it once installed."""
 import difflib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
-INSTALLED = PACKAGE / '.mim'  # where OpenMMLab's packages keep them
 
 
 def configs_dir() -> Path:
     """Folder of the shipped configs."""
-    return _folder('configs')
-
-
-def tools_dir() -> Path:
-    """Folder of the shipped tools."""
-    return _folder('tools')
+    installed = PACKAGE / '.mim'  # where OpenMMLab's packages keep them
+    return (installed if installed.is_dir() else PACKAGE.parent) / 'configs'
 
 
 def config_path(name: str) -> str:
@@ -23,11 +18,8 @@ def config_path(name: str) -> str:
 
         _base_ = __import__('cenet_mmdet').config_path('mask_rcnn_ce_r50.py')
 
-    Args:
-        name: path below `configs_dir()`, such as 'imagenet/ce_resnet50.py'.
-
-    Raises:
-        FileNotFoundError: there is no such config; the message has the nearest names.
+    For an unknown name, such as 'ce_resnet50.py' for 'imagenet/ce_resnet50.py', the message of the
+    FileNotFoundError has the nearest names.
     """
     folder = configs_dir()
     names = [path.relative_to(folder).as_posix() for path in folder.rglob('*.py')]
@@ -36,7 +28,3 @@ def config_path(name: str) -> str:
         raise FileNotFoundError(f'cenet_mmdet has no config {name!r}. Give its path below '
                                 f'{folder}; the nearest there are {nearest}.')
     return str(folder / name)
-
-
-def _folder(name: str) -> Path:
-    return INSTALLED / name if INSTALLED.is_dir() else PACKAGE.parent / name

@@ -1,7 +1,4 @@
-"""The releases that are tested together: the set-up installs them, `doctor` knows them.
-
-Needs the standard library alone.
-"""
+"""The releases that are tested together; the set-up reads this without any package installed."""
 from typing import NamedTuple, Tuple
 
 

@@ -1,11 +1,6 @@
 """A checkpoint written once and never again: what users have on disk must go on loading."""
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'tests' / 'data'))
 from golden_networks import NETWORKS
 from make_golden_checkpoint import FILE, evaluate
 

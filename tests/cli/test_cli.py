@@ -1,4 +1,5 @@
 """The command cenet-mmdet as users type it, in environments that work and in broken ones."""
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LEGACY, ROOT, run
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.runner.checkpoint import save_checkpoint
@@ -70,6 +72,18 @@ def backbone():
 
 
 @pytest.fixture(scope='module')
+def coco(shapes, tmp_path_factory):
+    """The generated set with COCO's categories, as the shipped configs expect them."""
+    folder = Path(shutil.copytree(shapes, tmp_path_factory.mktemp('data') / 'coco'))
+    for path in folder.glob('annotations/*.json'):
+        content = json.loads(path.read_text())
+        content['categories'] = [dict(id=index, name=name) for index, name
+                                 in enumerate(CocoDataset.METAINFO['classes'], 1)]
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope='module')
 def checkpoint(backbone, tmp_path_factory):
     path = tmp_path_factory.mktemp('weights') / 'ce.pth'
     torch.save(backbone.state_dict(), path)
@@ -86,12 +100,12 @@ def test_help_has_an_example(command, capsys):
 @pytest.mark.skipif(LEGACY, reason='breaks an environment of the maintained stack')
 class TestDoctor:
 
-    def test_training_can_start(self, shapes, checkpoint, tmp_path):
+    def test_training_can_start(self, coco, checkpoint, tmp_path):
         """From a foreign folder; torchvision is broken, as beside a CPU torch, and not needed."""
         python, packages = environment(tmp_path)
         error = 'operator torchvision::nms does not exist'
         plant(packages, 'torchvision', '0.20.0', f'raise RuntimeError("{error}")')
-        places = {'COCO_ROOT': str(shapes), 'CE_RESNET50_CHECKPOINT': str(checkpoint)}
+        places = {'COCO_ROOT': str(coco), 'CE_RESNET50_CHECKPOINT': str(checkpoint)}
         out = cli(python, 'doctor', cwd=tmp_path, env=places).stdout
         assert re.findall(r'^(.*\S) +fails', out, re.MULTILINE) == ['torchvision']
         assert f'\n- torchvision (optional): RuntimeError: {error}\n' in out
@@ -134,13 +148,14 @@ class TestDoctor:
 
     @pytest.mark.parametrize('content, problem', [
         ("_base_ = 'nowhere.py'", r'- config and files: \w+: .*nowhere\.py.*'),
-        (f"_base_ = '{configs_dir()}/mask_rcnn_r50.py'", '.*need torchvision, .*'),
+        (f"_base_ = '{configs_dir()}/mask_rcnn_r50.py'", '.*needs torchvision, which is not installed.*'),
         (f"_base_ = '{configs_dir()}/mask_rcnn_ce_r50.py'\n"
          "train_dataloader = dict(dataset=dict(data_root='nowhere'))",
-         '.*annotations not found: nowhere/annotations/instances_train2017.json.*')])
-    def test_a_config_that_lacks_something(self, content, problem, shapes, tmp_path, monkeypatch,
-                                           capsys):
-        monkeypatch.setenv('COCO_ROOT', str(shapes))
+         '.*nowhere/annotations/instances_train2017.json is not there.*')])
+    def test_a_config_that_lacks_something(self, content, problem, coco, checkpoint, tmp_path,
+                                           monkeypatch, capsys):
+        monkeypatch.setenv('COCO_ROOT', str(coco))
+        monkeypatch.setenv('CE_RESNET50_CHECKPOINT', str(checkpoint))
         monkeypatch.delenv('RESNET50_CHECKPOINT', raising=False)
         (tmp_path / 'mine.py').write_text(content)
         assert main(['doctor', '--config', str(tmp_path / 'mine.py')]) == 1

@@ -1,13 +1,13 @@
 """Folding for inference: what the model computed before, on every kind of network."""
 import copy
 import re
-import sys
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HALF, ROOT, run, tool
+from conftest import HALF, ROOT, tool
+from helpers.networks import SLIM
 from helpers.norms import BatchNormAct2d
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones import ResNet
@@ -23,7 +23,6 @@ from cenet_mmdet.models.norm_layers import CEBN, CEGN
 from cenet_mmdet.utils.compat import CAN_EXPORT
 from cenet_mmdet.utils.errors import InputError
 
-SLIM = dict(base_channels=8, stem_channels=8)
 PLUGIN = [dict(cfg=dict(type='CE', group_size=4), stages=(True, True, False, True),
                position='after_conv3')]
 
@@ -130,11 +129,6 @@ def test_sizes_without_variance_or_images():
     folded = fused(model)
     for size in ((2, 3, 1, 1), (0, 3, 8, 8), (1, 3, 2, 1)):
         torch.testing.assert_close(outputs(folded, images(*size)), outputs(model, images(*size)))
-
-
-def test_bd_alone_is_a_convolution():
-    folded = fused(trained(NETWORKS['BD alone']))
-    assert not [m for m in folded.modules() if isinstance(m, (CE, CEConv2d))]
 
 
 def test_channels_last_stays_so():
@@ -292,12 +286,6 @@ def test_examples_of_several_arguments(example):
     torch.testing.assert_close(values[0], images(2, 3, 8, 8))
 
 
-def test_needs_torch_alone():
-    code = ('import sys; sys.modules.update(dict.fromkeys(("mmengine", "mmcv", "mmdet")))\n'
-            'from cenet_mmdet.deploy import fuse_ce; print(fuse_ce.__module__)')
-    assert 'cenet_mmdet.deploy.fuse' in run(sys.executable, '-W', 'ignore', '-c', code).stdout
-
-
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_EXPORT, reason='needs torch 2.7')
 def test_compiles_and_exports_without_graph_breaks():
@@ -312,14 +300,14 @@ def test_compiles_and_exports_without_graph_breaks():
         assert deviation(outputs(program.module(), x), outputs(folded, x)) < 1e-5
 
 
-def test_deploy_tool_exports_a_detector(tmp_path):
+def test_deploy_tool_exports_a_detector(tool_here, tmp_path):
     """The command as typed: folded, exported, run in onnxruntime on three sizes."""
     config = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
     model = build_model(config)
     checkpoint = tmp_path / 'epoch_1.pth'
     torch.save(dict(state_dict=model.state_dict()), checkpoint)
     arguments = [config, checkpoint, '--onnx', 'dense.onnx', '--size', 96, 128]
-    failed = tool('deploy.py', *arguments, cwd=tmp_path, check=False)
+    failed = tool_here('deploy.py', *arguments, cwd=tmp_path)
     assert failed.returncode == 1
     assert 'statistics were never trained or loaded' in failed.stderr
     assert not list(tmp_path.glob('*.onnx*'))
@@ -328,7 +316,7 @@ def test_deploy_tool_exports_a_detector(tmp_path):
     model.backbone(images(2, 3, 64, 64, dtype=torch.float32))
     torch.save(dict(state_dict=model.state_dict()), checkpoint)
     if not CAN_EXPORT:
-        failed = tool('deploy.py', *arguments, cwd=tmp_path, check=False)
+        failed = tool_here('deploy.py', *arguments, cwd=tmp_path)
         assert failed.returncode == 1
         assert 'ONNX export needs torch 2.7 or newer' in failed.stderr
         assert not list(tmp_path.glob('*onnx*'))

@@ -4,48 +4,37 @@ import json
 import math
 import os
 import shutil
-import socket
+from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import tool
-from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 
 from cenet_mmdet import CE, CEResNet, ChannelHealthHook
-from cenet_mmdet.analysis.collector import Collector
+from cenet_mmdet.analysis.collector import Collector, first_non_finite
+from cenet_mmdet.analysis.figures import read_curves
 from cenet_mmdet.analysis.modules import rectifiers
-from cenet_mmdet.analysis.nonfinite import FirstNonFinite
-from cenet_mmdet.analysis.training_log import read_curves
-from cenet_mmdet.engine.channel_health_hook import _Rectified
-from cenet_mmdet.engine.cpu_distributed import process_group
+from cenet_mmdet.engine.channel_health_hook import measure_rectified
+from cenet_mmdet.engine.cpu_distributed import CPUDistributedDataParallel
 
 
-class Backbone(nn.Module):
+def known_channels():
     """Of the first stage's 8 channels 6 are silent; the second stage has two equal channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer1 = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8),
-                                    CE(8, freeze='adaptive'), nn.ReLU())
-        self.layer2 = nn.Sequential(nn.Conv2d(8, 2, 1), nn.ReLU())
-        nn.init.zeros_(self.layer1[1].weight)
-        nn.init.zeros_(self.layer1[1].bias)
-        self.layer1[1].weight.data[:2] = 1
-        self.layer2[0].weight.data[:] = self.layer2[0].weight.data[0].abs()
-        nn.init.ones_(self.layer2[0].bias)
-
-    def forward(self, x):
-        return self.layer2(self.layer1(x))
+    norm, last = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+    norm.weight.data[2:] = 0
+    last.weight.data[:] = last.weight.data[0].abs()
+    nn.init.ones_(last.bias)
+    first = nn.Sequential(nn.Conv2d(3, 8, 1), norm, CE(8, freeze='adaptive'), nn.ReLU())
+    return nn.Sequential(OrderedDict(layer1=first, layer2=nn.Sequential(last, nn.ReLU())))
 
 
 class Model(BaseModel):
 
     def __init__(self, backbone=None, factor=0.):
         super().__init__()
-        self.backbone, self.factor = backbone or Backbone(), factor
+        self.backbone, self.factor = backbone or known_channels(), factor
 
     def forward(self, inputs, mode='tensor'):
         return dict(loss=self.factor * total(self.backbone(inputs)))
@@ -67,23 +56,21 @@ def train(folder, model, iterations=7, launcher='none', scale=1., **hook):
            custom_hooks=[dict(type='ChannelHealthHook', **hook)],
            visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
            launcher=launcher, env_cfg=dict(dist_cfg=dict(backend='gloo')),
-           cfg=dict(model_wrapper_cfg=dict(type='CPUDistributedDataParallel')),
+           cfg=dict(model_wrapper_cfg=dict(type=CPUDistributedDataParallel.__name__)),
            experiment_name=str(folder).replace('/', '_')).train()
     return records(folder), ''.join(log.read_text() for log in folder.glob('*/*.log'))
 
 
 def records(folder):
-    lines = [json.loads(line) for path in folder.glob('*/vis_data/scalars.json')
-             for line in path.read_text().splitlines()]
-    return [line for line in lines if any(key.startswith('inhibited/') for key in line)]
+    return [json.loads(line) for path in folder.glob('*/vis_data/scalars.json')
+            for line in path.read_text().splitlines() if 'inhibited/' in line]
 
 
-def test_logs_what_is_known_every_interval(tmp_path):
+def test_logs_what_is_known_every_interval(tmp_path, tool_here):
     found, log = train(tmp_path, Model(), interval=3, alarm=0.7)
     assert [record['step'] for record in found] == [3, 6]
     for record in found:
-        assert record['inhibited/layer1'] == 0.75
-        assert record['inhibited/layer2'] == 0
+        assert record['inhibited/layer1'] == 0.75 and record['inhibited/layer2'] == 0
         assert record['correlation/layer2'] == pytest.approx(1, abs=1e-3)
         assert record['lambda/layer1'] == 0.5
     assert log.count('75 % of the channels behind layer1.3 are inhibited') == 1
@@ -95,19 +82,18 @@ def test_logs_what_is_known_every_interval(tmp_path):
     curves = read_curves(tmp_path)
     assert curves['inhibited']['layer1'] == [(3, 0.75), (6, 0.5)]
     assert curves['lambda'] == {'layer1': [(3, 0.5)]}
-    tool('plot_training.py', tmp_path, part.parent, '--out', 'curves.png', cwd=tmp_path)
-    refused = tool('plot_training.py', tmp_path, part, '--out', 'no.png', cwd=tmp_path, check=False)
-    assert f'{part} has no measurements of channels' in refused.stderr
+    tool_here('plot_training.py', tmp_path, part.parent, '--out', 'curves.png', cwd=tmp_path)
+    refused = tool_here('plot_training.py', tmp_path, part, '--out', 'no.png', cwd=tmp_path)
+    assert f'{part} has no measurements of channels' in refused.stderr and refused.returncode == 1
     assert [path.name for path in tmp_path.glob('*.png')] == ['curves.png']
 
 
 def test_networks_without_stages_are_logged_by_layer(tmp_path):
-    vgg = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ELU(), nn.Conv2d(4, 2, 1),
-                        nn.ELU())
+    vgg = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ELU(), nn.Conv2d(4, 2, 1), nn.ELU())
     (found, ), log = train(tmp_path, Model(vgg), interval=7, alarm=1)
     assert found['step'] == 7 and 'are inhibited' not in log
     assert {key for key in found if '/' in key} == {  # and there is no lambda
-        'inhibited/2', 'inhibited/4', 'correlation/2', 'correlation/4'}
+        'inhibited/1', 'inhibited/3', 'correlation/1', 'correlation/3'}
 
 
 def slim_resnet(nan=None):
@@ -134,41 +120,30 @@ def test_first_module_that_is_not_finite_is_named_once(nan, scale, module, advic
 
 
 def test_nothing_else_changes():
-    """Gradients and statistics of a watched step are those of any other, to the bit.
-
-    Activations are bfloat16, and what is measured of them is not.
-    """
-    results = []
-    for watched in (True, False):
-        model = slim_resnet()
-        watching = Collector(model, rectifiers(model), lambda _: _Rectified())
-        with contextlib.ExitStack() as stack:
-            if watched:
-                stack.enter_context(watching)
-                stack.enter_context(FirstNonFinite(model))
+    """Gradients and statistics are those of any other step, to the bit, and measured exactly."""
+    def step(collector=None, non_finite=None):
+        torch.manual_seed(1)
+        with collector or contextlib.nullcontext(), non_finite or contextlib.nullcontext():
             with torch.autocast('cpu', torch.bfloat16):
                 outputs = model(torch.randn(2, 3, 32, 32))
             total(outputs).square().backward()
-        results.append([*model.buffers(), *(p.grad for p in model.parameters())])
-        if watched:
-            assert watching.statistics()['relu'].magnitude.dtype == torch.float32
-    assert outputs[0].dtype == torch.bfloat16
-    assert all(map(torch.equal, *results))
+        assert outputs[0].dtype == torch.bfloat16
+        return [*model.buffers(), *(p.grad for p in model.parameters())]
+
+    model = slim_resnet()
+    expected, model = step(), slim_resnet()
+    measured = Collector(model, rectifiers(model), measure_rectified)
+    assert all(map(torch.equal, step(measured, first_non_finite(model)), expected))
+    assert measured.statistics()['relu'][0].dtype == torch.float32
 
 
-def train_rank(rank, folder, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
-                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    with process_group(Config(dict(launcher='pytorch'))):
-        train(folder, Model(), interval=3, launcher='pytorch')
+def train_rank(rank, folder):
+    os.environ['LOCAL_RANK'] = str(rank)  # MMEngine reads it
+    train(folder, Model(), interval=3, launcher='pytorch')
 
 
-def test_distributed_training_is_logged_by_the_main_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_rank, (tmp_path, port), nprocs=2)
+def test_distributed_training_is_logged_by_the_main_process(ranks, tmp_path):
+    ranks.run(train_rank, tmp_path)
     assert [(r['step'], r['inhibited/layer1']) for r in records(tmp_path)] == [(3, .75), (6, .75)]
 
 
@@ -176,7 +151,7 @@ def test_refusals_before_training_and_a_loss_that_is_not_finite_by_itself(tmp_pa
     with pytest.raises(ValueError, match='no rectifier module'):
         train(tmp_path / 'a', Model(nn.Conv2d(3, 4, 1)))
     for name, value in (('interval', 0), ('threshold', 0.), ('alarm', 2.)):
-        with pytest.raises(ValueError, match=f'{name} must be'):
+        with pytest.raises(ValueError, match=rf'alarm in \[0, 1\]; got .*\b{value!r}\b'):
             ChannelHealthHook(**{name: value})
     _, log = train(tmp_path / 'b', Model(factor=math.inf), interval=1, iterations=1)
     assert 'in iteration 1: the loss; the outputs of all modules are finite' in log

@@ -1,7 +1,9 @@
 """DataCheckHook and what it is made of: data and weights that would go wrong in silence."""
 import copy
 import json
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, tool
+from conftest import ROOT, SMALL, run
 from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS
@@ -23,7 +25,8 @@ from cenet_mmdet.checkpoint.resumable import last_checkpoint
 from cenet_mmdet.engine.annotations import AnnotationFile
 from cenet_mmdet.engine.data_check_hook import dataset_problems, evaluator_problems, leaves
 from cenet_mmdet.engine.weights import weight_problems
-from cenet_mmdet.models.build import build_model
+from cenet_mmdet.models.build import build_model, load_model
+from cenet_mmdet.utils.errors import InputError
 
 CONFIG = ROOT / 'configs/demo/mask_rcnn_ce_r18_shapes.py'
 CLASSES = ('disk', 'square', 'triangle', 'star', 'cross')
@@ -171,6 +174,20 @@ class TestEvaluators:
         assert '6 of 6' in problem
         assert f"Give it ann_file='{coco}/annotations/instances_val2017.json'" in problem
 
+    def test_another_split_that_names_its_images_alike(self, coco):
+        """As the generated set's do: only the objects differ."""
+        problem, = self.found(coco, 'instances_train2017.json')
+        assert 'has other objects than' in problem and 'no box is the same' in problem
+        assert f"Give it ann_file='{coco}/annotations/instances_val2017.json'" in problem
+
+    def test_some_objects_annotated_anew(self, coco):
+        """A cleaned file for the evaluation is what somebody wants."""
+        shutil.copy(coco / 'annotations/instances_val2017.json',
+                    coco / 'annotations/instances_clean.json')
+        edit(coco, lambda content: [annotation['bbox'].__setitem__(0, 1.5)
+                                    for annotation in content['annotations'][::2]], split='clean')
+        assert self.found(coco, 'instances_clean.json') == []
+
     def test_missing_fields_are_told_now(self, coco):
         edit(coco, drop('annotations', 'segmentation'), split='val2017')
         problem, = self.found(coco, 'instances_val2017.json')
@@ -223,6 +240,8 @@ class TestWeights:
         (tmp_path / 'cut.pth').write_bytes(b'PK\x03\x04 cut')
         assert 'checkpoint not found: /nowhere.pth' in self.found('/nowhere.pth')[0]
         assert 'cut.pth is damaged' in self.found(tmp_path / 'cut.pth')[0]
+        with pytest.raises(InputError, match=r'cut\.pth is damaged'):
+            load_model(CONFIG, tmp_path / 'cut.pth')
 
     def test_schemes_are_mmengines(self):
         assert self.found('s3://bucket/weights.pth') == []
@@ -232,8 +251,8 @@ class TestWeights:
 
 def test_a_moved_work_directory_goes_on_from_its_newest_checkpoint(tmp_path):
     for epoch in (1, 2):
-        (tmp_path / f'epoch_{epoch}.pth').write_bytes(b'')
-        time.sleep(0.01)
+        (tmp_path / f'epoch_{epoch}.pth').touch()
+        os.utime(tmp_path / f'epoch_{epoch}.pth', (epoch, epoch))
     assert last_checkpoint(tmp_path) == str(tmp_path / 'epoch_2.pth')
     (tmp_path / 'last_checkpoint').write_text('/old/place/epoch_1.pth')
     assert last_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
@@ -243,7 +262,7 @@ def test_a_moved_work_directory_goes_on_from_its_newest_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['train.py', 'test.py'])
-def test_a_run_is_stopped_before_it_starts(coco, tmp_path, name):
+def test_a_run_is_stopped_before_it_starts(coco, tool_here, tmp_path, name):
     """All that is wrong in one message, exit status 1, nothing trained."""
     edit(coco, lambda content: content['categories'].reverse(), split='val2017')
     (coco / 'train2017/000000000003.jpg').unlink()
@@ -251,16 +270,24 @@ def test_a_run_is_stopped_before_it_starts(coco, tmp_path, name):
     if name == 'test.py':
         checkpoint = [tmp_path / 'weights.pth']
         torch.save(build_model(CONFIG).state_dict(), checkpoint[0])
-    result = tool(name, CONFIG, *checkpoint,
-                  '--cfg-options', *SMALL[3:], cwd=tmp_path, check=False,
-                  env=dict(COCO_ROOT=str(coco)))
+    result = tool_here(name, CONFIG, *checkpoint, '--cfg-options', *SMALL[3:], cwd=tmp_path,
+                       env=dict(COCO_ROOT=str(coco)))
     assert result.returncode == 1
-    assert 'Traceback' not in result.stderr
     errors = result.stderr.splitlines()[-2:]
     assert ('1 of 10 images are not there' in errors[0]) is (name == 'train.py')
     assert 'numbered in the order of the file' in errors[-1]
     assert 'Epoch(' not in result.stdout
     assert not list(tmp_path.rglob('epoch_*'))
+
+
+def test_hooks_need_mmengine_alone(tmp_path):
+    """Without MMDetection, the package has its layers and hooks, which then check weights only."""
+    code = ('import sys; sys.modules["mmdet"] = None; import cenet_mmdet\n'
+            'from cenet_mmdet.engine.data_check_hook import split_problems\n'
+            'print(cenet_mmdet.__all__, list(split_problems("train", [0])))')
+    out = run(sys.executable, '-W', 'ignore', '-c', code, cwd=tmp_path).stdout
+    assert "'DataCheckHook'" in out and "'CEBN'" in out and 'CEResNet' not in out
+    assert out.endswith(' []\n')
 
 
 @pytest.mark.long

@@ -6,14 +6,17 @@ import traceback
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cenet_mmdet.layers.reference import reference_ce
+
+# New processes are forks of one that has imported the libraries, which takes seconds.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['cenet_mmdet'])
 
 
 class Ranks:
     """Processes over gloo that start once and then run function after function.
-
-    They are forks of a process that has imported the libraries, which takes seconds.
 
     Args:
         count: number of processes.
@@ -21,13 +24,11 @@ class Ranks:
     """
 
     def __init__(self, count, folder):
-        context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['cenet_mmdet'])
         self.pipes, self.processes = [], []
         for rank in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, count, str(folder), theirs),
-                                      daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(rank, count, str(folder), theirs),
+                                    daemon=True)
             process.start()
             theirs.close()  # so that a rank that dies ends the wait for its answer
             self.pipes.append(ours)
@@ -83,13 +84,33 @@ def batches(shapes, channels, seed, scale=1.):
             for rank, (n, height, width) in enumerate(shapes)]
 
 
+class Collectives(TorchDispatchMode):
+    """Counts those inside a `with` statement."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace == 'c10d'
+        return function(*args, **(kwargs or {}))
+
+
 def reference_step(ce, xs):
     """`reference_ce`, and what a training step does to the running averages."""
     outputs, statistics = reference_ce(ce, xs)
     with torch.no_grad():
         for name, value in statistics.items():
             running = getattr(ce, f'running_{name}', None)
-            if running is not None:
+            if running is not None and value is not running:
                 running.lerp_(value.view(running.shape), ce.momentum)
         ce.num_batches_tracked += 1
     return outputs
+
+
+def reference_norm(norm, xs):
+    """Batch norm by itself over maps of any sizes: over all their pixels in one row."""
+    pixels = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1)
+    rows = norm(pixels.T[:, :, None, None])[:, :, 0, 0].T
+    parts = rows.split([x[:, 0].numel() for x in xs], 1)
+    return [p.view(len(p), len(x), *x.shape[2:]).transpose(0, 1) for p, x in zip(parts, xs)]

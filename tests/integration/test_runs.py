@@ -5,8 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.ranks import Ranks
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
@@ -238,17 +237,6 @@ def test_compiled_training(tmp_path, plain):
         torch.testing.assert_close(value, plain[name], msg=name)
 
 
-@pytest.fixture
-def process_group(tmp_path, monkeypatch):
-    """One process, as torchrun would start it; MMEngine finds it ready."""
-    for name, value in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)):
-        monkeypatch.setenv(name, str(value))
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0,
-                            world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 class TestStrategies:
     """MMEngine's FlexibleRunner. On CPUs each strategy has to be told not to ask for a GPU."""
 
@@ -310,20 +298,16 @@ def fully_shard(model):
 SHARDED = (shard_blocks, shard_ce, fully_shard)
 
 
-def sharded_step(rank, folder):
+def sharded_step(rank, ways):
     """A step on this process's share of the batch, sharded in each of the ways, and not."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                            world_size=2)
     results = []
-    for shard in (CPUDistributedDataParallel, *SHARDED):
+    for shard in (CPUDistributedDataParallel, *ways):
         model = shard(Model(ce_cfg=dict(type='SyncCE')))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         power(model(images(4)[2 * rank:2 * rank + 2])).backward()
         optimizer.step()
         results.append(whole_parameters(model))
-    torch.save(results, f'{folder}/rank{rank}.pt')
-    dist.destroy_process_group()
+    return results
 
 
 def whole_parameters(model):
@@ -337,9 +321,9 @@ def whole_parameters(model):
 @FSDP_ON_CPU
 def test_sharded_steps(tmp_path):
     """FSDP of both generations on two processes, around blocks and around the CE layers alone."""
-    mp.spawn(sharded_step, args=(str(tmp_path), ), nprocs=2)
-    for rank in range(2):
-        expected, *sharded = torch.load(tmp_path / f'rank{rank}.pt')
+    with Ranks(2, tmp_path) as processes:
+        results = processes.run(sharded_step, SHARDED)
+    for expected, *sharded in results:
         assert expected['backbone.ce1.lambda_logit'] != 0
         for shard, ours in zip(SHARDED, sharded):
             assert set(ours) == set(expected), shard.__name__

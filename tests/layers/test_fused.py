@@ -4,14 +4,14 @@ import copy
 import pytest
 import torch
 from conftest import HALF
-from mmengine.model import revert_sync_batchnorm
+from helpers.layers import kept_maps, random_input
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from cenet_mmdet import CE, CEResNet, insert_ce
-from cenet_mmdet.layers import fused
+from cenet_mmdet import CE
 from cenet_mmdet.layers.fused import batch_affine, batch_norm_ce, can_fuse
 from cenet_mmdet.layers.steps.moments import batch_moments
+from cenet_mmdet.models.insert import NormCE
 
 NORMS = {'plain': {}, 'cumulative': dict(momentum=None), 'no affine': dict(affine=False),
          'untracked': dict(track_running_stats=False), 'momentum 0.3': dict(momentum=0.3)}
@@ -29,9 +29,8 @@ def pair(norm_options, ce_options, channels=16, dtype=torch.float64):
     return norm, CE(channels, **{'group_size': 4, **ce_options}, dtype=dtype)
 
 
-def maps(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(*shape, generator=generator, dtype=dtype) + 3
+def maps(*shape, **options):
+    return 2 * random_input(*shape, **options) + 3
 
 
 @pytest.mark.parametrize('mode', ['training', 'norm in evaluation', 'evaluation'])
@@ -46,7 +45,7 @@ def test_is_the_norm_and_then_ce(norm_options, ce_options, mode):
         norm.eval()
     if mode == 'evaluation':
         ce.eval()
-    apart = copy.deepcopy(norm), copy.deepcopy(ce)
+    apart = copy.deepcopy((norm, ce))
     for step in range(3):
         z = maps(3, 16, 5, 7, seed=step).requires_grad_()
         other = z.detach().clone().requires_grad_()
@@ -73,26 +72,14 @@ def test_gradients_of_both_orders(training):
     ce(maps(2, 4, 3, 3, seed=6))
     norm.train(training)
     ce.train(training)
-    parameters = (norm.weight, norm.bias, ce.lambda_logit)
+    names = 'norm.weight', 'norm.bias', 'ce.lambda_logit'
 
     def function(z, *parameters):
-        return torch.nn.utils.stateless.functional_call(
-            _Both(norm, ce), dict(zip(('norm.weight', 'norm.bias', 'ce.lambda_logit'),
-                                      parameters)), z)
+        return torch.func.functional_call(NormCE(norm, ce), dict(zip(names, parameters)), z)
 
-    inputs = (maps(2, 4, 3, 2).requires_grad_(), *parameters)
+    inputs = maps(2, 4, 3, 2).requires_grad_(), norm.weight, norm.bias, ce.lambda_logit
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
-
-
-class _Both(nn.Module):
-
-    def __init__(self, norm, ce):
-        super().__init__()
-        self.norm, self.ce = norm, ce
-
-    def forward(self, z):
-        return batch_norm_ce(self.norm, self.ce, z)
 
 
 def test_inhibited_channels_keep_their_digits():
@@ -120,38 +107,21 @@ def moments_of(x):
 
 def test_one_map_is_kept_for_the_backward_pass():
     """The convolution's output, as batch norm alone keeps it."""
-    def kept(function):
-        sizes = {}
-
-        def pack(tensor):
-            if tensor.numel() >= z.numel():
-                sizes[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            function()
-        return set(sizes)
-
     norm, ce = pair({}, {})
     z = maps(4, 16, 20, 20).requires_grad_()
-    assert kept(lambda: batch_norm_ce(norm, ce, z)) == {z.untyped_storage().data_ptr()}
-    assert len(kept(lambda: ce(norm(z)))) == 2
+    kept = kept_maps(lambda: batch_norm_ce(norm, ce, z), z.numel())
+    assert kept == {z.untyped_storage().data_ptr()}
+    assert len(kept_maps(lambda: ce(norm(z)), z.numel())) == 2
 
 
 class TestWhereItApplies:
 
-    @pytest.mark.parametrize('other', [
-        nn.GroupNorm(2, 16), nn.InstanceNorm2d(16), nn.Identity()], ids=str)
-    def test_not_behind_other_norms(self, other):
-        assert not can_fuse(other, CE(16), maps(2, 16, 4, 4))
-
-    def test_not_where_only_the_norm_learns_its_statistics(self):
-        norm, ce = pair({}, dict(freeze='all'))
-        assert not can_fuse(norm, ce, maps(2, 16, 4, 4))
-
-    def test_not_for_ir_alone_or_other_layers(self):
-        assert not can_fuse(nn.BatchNorm2d(16), CE(16, bd_ratio=0.0), maps(2, 16, 4, 4))
-        assert not can_fuse(nn.BatchNorm2d(16), nn.Identity(), maps(2, 16, 4, 4))
+    @pytest.mark.parametrize(('norm', 'ce'), [
+        (nn.GroupNorm(2, 16), CE(16)), (nn.InstanceNorm2d(16), CE(16)), (nn.Identity(), CE(16)),
+        (nn.BatchNorm2d(16), CE(16, bd_ratio=0.0)), (nn.BatchNorm2d(16), nn.Identity()),
+        (nn.BatchNorm2d(16), CE(16, freeze='all'))], ids=str)  # only the norm learns
+    def test_not_for_other_layers(self, norm, ce):
+        assert not can_fuse(norm, ce, maps(2, 16, 4, 4, dtype=torch.float32))
 
     def test_not_where_someone_looks_on(self):
         """Forward hooks see what they would see without it."""
@@ -165,20 +135,15 @@ class TestWhereItApplies:
         assert can_fuse(norm, ce, z)
 
     def test_one_value_per_channel_is_refused_as_by_the_norm(self):
-        norm, ce = pair({}, {})
         with pytest.raises(ValueError, match='more than 1 value per channel'):
-            batch_norm_ce(norm, ce, maps(1, 16, 1, 1))
-
-    def test_mmengines_batch_norms(self):
-        norm = revert_sync_batchnorm(nn.SyncBatchNorm(16))
-        assert can_fuse(norm, CE(16), maps(2, 16, 4, 4))
+            batch_norm_ce(*pair({}, {}), maps(1, 16, 1, 1))
 
     @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
     def test_half_precision(self, dtype):
         """Output in the input's type, statistics in float32, errors like those of the parts."""
         norm, ce = pair({}, {}, dtype=torch.float32)
-        exact = copy.deepcopy(norm), copy.deepcopy(ce)
-        apart = copy.deepcopy(norm), copy.deepcopy(ce)
+        exact = copy.deepcopy((norm, ce))
+        apart = copy.deepcopy((norm, ce))
         z = maps(4, 16, 8, 8, dtype=torch.float32).to(dtype)
         with torch.autocast('cpu', dtype):
             ours, theirs = batch_norm_ce(norm, ce, z), apart[1](apart[0](z))
@@ -188,16 +153,3 @@ class TestWhereItApplies:
         assert error < 2 * others
         torch.testing.assert_close(norm.running_var, exact[0].running_var)
         torch.testing.assert_close(ce.running_whitening, exact[1].running_whitening)
-
-    def test_networks_use_it(self, monkeypatch):
-        """CEResNet everywhere, insert_ce behind batch norms; the state dicts do not change."""
-        calls = []
-        original = fused.fused_batch_norm_ce
-        monkeypatch.setattr(fused, 'fused_batch_norm_ce', lambda norm, ce, z: (
-            calls.append(ce), original(norm, ce, z))[1])
-        backbone = CEResNet(18, base_channels=8, stem_channels=8)
-        backbone(torch.randn(2, 3, 64, 64))
-        assert len(calls) == 9
-        model = insert_ce(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8)), '.*')
-        model(torch.randn(2, 8, 4, 4))
-        assert calls[9:] == [model[0].ce]

@@ -1,6 +1,7 @@
 """insert_ce and the CE norms, on networks in the styles of torchvision, timm and MMDetection."""
 import pytest
 import torch
+from helpers.networks import SLIM, images
 from helpers.norms import (
     BatchNormAct2d,
     ConvNeXtLayerNorm,
@@ -8,6 +9,7 @@ from helpers.norms import (
     FrozenBatchNorm2d,
     LayerNorm2d,
 )
+from mmcv.cnn import build_norm_layer
 from mmdet.models.backbones import ResNet
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
@@ -52,9 +54,9 @@ def other_norms():
                          *(nn.Sequential(nn.Conv2d(8, 8, 3), norm) for norm in norms))
 
 
-def mmdet_style():
-    return ResNet(50, base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
-                  dilations=(1, 1), out_indices=(0, 1), zero_init_residual=False)
+def mmdet_style(**options):
+    return ResNet(50, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
+                  zero_init_residual=False, **SLIM, **options)
 
 
 STYLES = {
@@ -66,13 +68,18 @@ STYLES = {
 }
 
 
-def images():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
 def outputs(model):
-    out = model(images())
+    out = model(images(2, 32, 32))
     return out if isinstance(out, tuple) else (out, )
+
+
+def evaluated(model):
+    model.eval()  # returns None in MMDetection's ResNet
+    return outputs(model)
+
+
+def of_kind(model, kind):
+    return [m for m in model.modules() if isinstance(m, kind)]
 
 
 @pytest.mark.parametrize('style', STYLES)
@@ -82,7 +89,7 @@ class TestStyles:
         """CE stands where asked for, learns, and comes before the rectifier."""
         make, where, names = STYLES[style]
         model = insert_ce(make(), where, dict(group_size=4))
-        layers = [m for m in model.modules() if isinstance(m, CE)]
+        layers = of_kind(model, CE)
         assert [name for name, m in model.named_modules() if isinstance(m, NormCE)] == names
         assert len(layers) == len(names)
         assert all(layer.group_size == 4 for layer in layers)
@@ -101,30 +108,17 @@ class TestStyles:
         parent = make()
         for _ in range(2):
             outputs(parent)
-        model = insert_ce(make(), where)
+        expected = evaluated(parent)
+        model, reloaded = (insert_ce(make(), where) for _ in range(2))
         result = model.load_state_dict(parent.state_dict(), strict=False)
         assert not result.unexpected_keys
         assert all('.ce.' in key for key in result.missing_keys)
-        reloaded = insert_ce(make(), where)
         save_checkpoint(parent.state_dict(), str(tmp_path / 'parent.pth'))
         load_checkpoint(reloaded, str(tmp_path / 'parent.pth'))
         for network in (model, reloaded):
-            network.eval()
-            for layer in network.modules():
-                if isinstance(layer, CE):  # as good as absent: W = I, lambda = 1
-                    layer.lambda_logit.data.fill_(100)
-        parent.eval()
-        for ours, again, expected in zip(outputs(model), outputs(reloaded), outputs(parent)):
-            torch.testing.assert_close(ours, expected)
-            torch.testing.assert_close(again, expected)
-
-    def test_own_checkpoint_round_trip(self, style):
-        make, where, _ = STYLES[style]
-        model, other = (insert_ce(make(), where) for _ in range(2))
-        outputs(model)
-        other.load_state_dict(model.state_dict())
-        for ours, expected in zip(outputs(other.eval() or other), outputs(model.eval() or model)):
-            assert torch.equal(ours, expected)
+            for layer in of_kind(network, CE):  # as good as absent: W = I, lambda = 1
+                layer.lambda_logit.data.fill_(100)
+            torch.testing.assert_close(evaluated(network), expected)
 
 
 class TestSelection:
@@ -132,7 +126,7 @@ class TestSelection:
     def test_a_function_selects(self):
         model = insert_ce(torchvision_style(), lambda name, norm: norm.num_features == 8
                           and name != '1')
-        assert sum(isinstance(m, CE) for m in model.modules()) == 4
+        assert len(of_kind(model, CE)) == 4
 
     def test_sync_ce_and_other_layers(self):
         model = insert_ce(torchvision_style(), '1', dict(type='SyncCE', bd_ratio=1.0))
@@ -146,7 +140,7 @@ class TestSelection:
         order = []
         model[1].norm.register_forward_hook(lambda *_: order.append('norm'))
         model[1].ce.register_forward_hook(lambda *_: order.append('ce'))
-        model(images())
+        outputs(model)
         assert order == ['ce', 'norm']
 
     def test_a_shared_norm_stays_shared(self):
@@ -192,11 +186,10 @@ def test_conversions_keep_ce_and_activation(convert):
     """All inserted layers, and the activations behind them, run after it."""
     model = convert(insert_ce(timm_style(), '.*'))
     calls = []
-    for module in model.modules():
-        if isinstance(module, NormCE):
-            module.ce.register_forward_hook(lambda *_: calls.append('ce'))
-            module.act.register_forward_hook(lambda *_: calls.append('act'))
-    model(images())
+    for module in of_kind(model, NormCE):
+        module.ce.register_forward_hook(lambda *_: calls.append('ce'))
+        module.act.register_forward_hook(lambda *_: calls.append('act'))
+    outputs(model)
     assert calls == ['ce', 'act'] * 2
 
 
@@ -207,16 +200,14 @@ class TestNormCfg:
 
     @staticmethod
     def resnet(kind, **norm_cfg):
-        return ResNet(50, base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
-                      dilations=(1, 1), out_indices=(0, 1), zero_init_residual=False,
-                      norm_eval=False, norm_cfg=dict(type=kind, **norm_cfg))
+        return mmdet_style(norm_eval=False, norm_cfg=dict(type=kind, **norm_cfg))
 
     @pytest.mark.parametrize('kind', ['CEBN', 'CEIN', 'CEGN'])
     def test_every_norm_gets_ce(self, kind):
         model = self.resnet(kind, ce_cfg=dict(group_size=4), **self.NORMS[kind])
         model.init_weights()
         outputs(model)[-1].mean().backward()
-        layers = [m for m in model.modules() if isinstance(m, CE)]
+        layers = of_kind(model, CE)
         assert len(layers) == 24
         assert {layer.group_size for layer in layers} == {4}
         assert all(layer.num_batches_tracked == 1 for layer in layers)
@@ -237,16 +228,42 @@ class TestNormCfg:
         assert type(model.bn1.ce) is SyncCE
 
     def test_norm_eval_reaches_the_norm(self):
-        model = ResNet(50, base_channels=8, stem_channels=8, norm_cfg=dict(type='CEBN'),
-                       norm_eval=True, frozen_stages=1)
+        model = mmdet_style(norm_cfg=dict(type='CEBN'), norm_eval=True, frozen_stages=1)
         model.train()
-        assert not any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
+        assert not any(norm.training for norm in of_kind(model, _BatchNorm))
         assert not model.layer1[0].bn1.ce.training  # its stage is frozen
         assert model.layer2[0].bn1.ce.training
 
+    @pytest.mark.parametrize(('freeze', 'learns'), [
+        ('none', True), ('adaptive', False), ('all', False)])
+    def test_freeze(self, freeze, learns):
+        """MMCV lets all parameters of a norm learn once it is built; CE's are frozen again."""
+        for use in (lambda norm: norm.to('cpu'), lambda norm: norm.train(),
+                    lambda norm: norm.eval()):
+            _, norm = build_norm_layer(dict(type='CEBN', ce_cfg=dict(freeze=freeze)), 16)
+            use(norm)
+            assert norm.norm.weight.requires_grad
+            assert {p.requires_grad for p in norm.ce.parameters()} == {learns}
+        _, norm = build_norm_layer(dict(type='CEBN', requires_grad=False), 16)
+        assert not any(p.requires_grad for p in norm.parameters())
+
+    def test_initialization_spares_ce(self):
+        """`zero_init_residual` sets all weights in a norm's place to 0: IR cannot learn from it."""
+        model = ResNet(50, norm_cfg=dict(type='CEBN'), **SLIM)
+        model.init_weights()
+        last = model.layer1[0].bn3
+        assert not last.norm.weight.any()
+        assert all(layer.weight.any() for layer in last.ce.reweighting if hasattr(layer, 'weight'))
+
+        outputs(model)  # trained CE keeps its weights
+        weight = model.bn1.ce.reweighting[0].weight.clone()
+        model.init_weights()
+        assert model.bn1.ce.num_batches_tracked == 1
+        assert torch.equal(model.bn1.ce.reweighting[0].weight, weight)
+
     @pytest.mark.parametrize('kind', ['IterNorm', 'DBN'])
     def test_decorrelating_norms(self, kind):
-        model = MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=8, stem_channels=8,
+        model = MODELS.build(dict(type='mmdet.ResNet', depth=18, **SLIM,
                                   norm_cfg=dict(type=kind, requires_grad=True)))
         outputs(model)[-1].mean().backward()
         assert type(model.bn1).__name__ == kind

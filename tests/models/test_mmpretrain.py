@@ -269,19 +269,17 @@ def test_torchvision_stays_as_missing_as_it_is():
 
 class TestComplexity:
 
-    def test_a_layer_by_hand(self):
+    @pytest.mark.parametrize(('ratio', 'operator', 'merged'), [
+        (None, 32 * 16 * 20, 2 * 32 * 20), (1.0, 32 * 16 * 20, 0), (0.0, 0, 2 * 32 * 20)])
+    def test_a_layer_by_hand(self, ratio, operator, merged):
         """C = 32, d = 16, 4 x 5 pixels: 32 * 16 * 20 for the operator, 2 * 32 * 8 for F."""
-        ce = CE(32)
-        result = complexity(ce, lambda: ce(torch.randn(1, 32, 4, 5)))
-        assert result.parameters == sum(p.numel() for p in ce.parameters())
-        assert result.multiply_adds == 32 * 16 * 20 + 2 * 32 * 8
-        assert result.merged == 2 * 32 * 20 + 2 * 32 * 8
-        assert ce.training
-
-    @pytest.mark.parametrize(('ratio', 'merged'), [(1.0, 0), (0.0, 2 * 32 * 20 + 2 * 32 * 8)])
-    def test_one_branch(self, ratio, merged):
         ce = CE(32, bd_ratio=ratio)
-        assert complexity(ce, lambda: ce(torch.randn(1, 32, 4, 5))).merged == merged
+        result = complexity(ce, lambda: ce(torch.randn(1, 32, 4, 5)))
+        subnetwork = 0 if ratio == 1 else 2 * 32 * 8
+        assert result.parameters == sum(p.numel() for p in ce.parameters())
+        assert result.multiply_adds == operator + subnetwork
+        assert result.merged == merged + subnetwork
+        assert ce.training
 
     def test_within_a_network(self):
         """CE layers called inside others are found; the rest counts the same."""

@@ -2,12 +2,10 @@
 import json
 import os
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW_ROIS, ROOT, SMALL, run, tool
+from conftest import FEW_ROIS, ROOT, SMALL, launcher_env, run, tool
 from mmengine.runner.checkpoint import save_checkpoint
 
 from cenet_mmdet import CEResNet
@@ -38,9 +36,10 @@ def pretrained(tmp_path_factory):
 class TestHelp:
 
     @pytest.mark.parametrize('name', PYTHON_TOOLS)
-    def test_python_tools_show_an_example(self, name, tmp_path):
-        out = tool(name, '--help', cwd=tmp_path).stdout
-        assert re.search(rf'python3? tools/{name}', out)
+    def test_python_tools_show_an_example(self, name, tool_here, tmp_path):
+        result = tool_here(name, '--help', cwd=tmp_path)
+        assert result.returncode == 0
+        assert re.search(rf'python3? tools/{name}', result.stdout)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize('name', SHELL_TOOLS)
@@ -48,35 +47,28 @@ class TestHelp:
         out = run(ROOT / 'tools' / name, '--help', cwd=tmp_path).stdout
         assert out.count(f'tools/{name}') >= 2
 
-    @pytest.mark.parametrize('name', SHELL_TOOLS)
-    def test_shell_tools_refuse_missing_arguments(self, name):
-        result = run(ROOT / 'tools' / name, check=False)
-        assert result.returncode == 2
-        assert f'tools/{name}' in result.stderr
-
-    def test_the_number_of_gpus_is_checked(self):
-        result = run(ROOT / 'tools/dist_train.sh', CONFIG, 'eight', check=False)
-        assert result.returncode == 2
-        assert "got 'eight'" in result.stderr
-
-    def test_slurm_says_where_it_belongs(self):
-        result = run(ROOT / 'tools/slurm_train.sh', 'gpu', 'job', CONFIG, 'work', check=False)
-        assert result.returncode == 1
-        assert 'srun not found' in result.stderr
+    @pytest.mark.parametrize(('arguments', 'status', 'message'), [
+        *(([name], 2, f'tools/{name}') for name in SHELL_TOOLS),
+        (['dist_train.sh', CONFIG, 'eight'], 2, "got 'eight'"),
+        (['slurm_train.sh', 'gpu', 'job', CONFIG, 'work'], 1, 'srun not found')])
+    def test_shell_tools_refuse_other_arguments(self, arguments, status, message):
+        result = run(ROOT / 'tools' / arguments[0], *arguments[1:], check=False)
+        assert result.returncode == status
+        assert message in result.stderr
 
 
 class TestLaunchers:
 
     def test_torchrun_starts_the_tool_from_any_folder(self, tmp_path):
         """Two real processes, which stop as there are no data."""
-        python = Path(sys.executable).parent
         result = run(ROOT / 'tools/dist_train.sh', CONFIG, 2, cwd=tmp_path, check=False,
-                     env=dict(COCO_ROOT='/nowhere', PORT='29511',
-                              PATH=f'{python}:{os.environ["PATH"]}'))
+                     env=launcher_env('/nowhere'))
         assert result.returncode != 0
         assert 'nproc' not in result.stderr
         assert result.stderr.count('train_dataloader: /nowhere/annotations/'
                                    'instances_train2017.json is not there') == 2
+        assert "set COCO_ROOT (now '/nowhere')" in result.stderr
+        assert not list(tmp_path.rglob('*.pth'))
 
     def test_slurm_command_line(self, tmp_path):
         """srun does not exist here; a stand-in shows what it would be given."""
@@ -96,42 +88,36 @@ class TestLaunchers:
 class TestMissingFiles:
     """One clear message, and no checkpoint is written."""
 
-    @staticmethod
-    def refusal(tmp_path, *arguments, **env):
-        result = tool(*arguments, cwd=tmp_path, env=env, check=False)
-        assert result.returncode == 1
-        assert 'Traceback' not in result.stderr
-        assert not list(tmp_path.rglob('*.pth'))
-        return result.stderr
+    @pytest.fixture
+    def refusal(self, tool_here, plain_configs, shapes, tmp_path):
 
-    def test_no_data(self, tmp_path):
-        message = self.refusal(tmp_path, 'train.py', CONFIG, COCO_ROOT='/nowhere')
-        assert '/nowhere/annotations/instances_train2017.json is not there' in message
-        assert "set COCO_ROOT (now '/nowhere')" in message
+        def run_it(*arguments, **env):
+            result = tool_here(*arguments, cwd=tmp_path, env=dict(COCO_ROOT=str(shapes), **env))
+            assert result.returncode == 1
+            assert not list(tmp_path.rglob('*.pth'))
+            return result.stderr
 
-    def test_no_weights(self, tmp_path, shapes):
-        message = self.refusal(tmp_path, 'train.py', CONFIG, *CLASSES, COCO_ROOT=str(shapes),
-                               CE_RESNET50_CHECKPOINT='/nowhere/ce.pth')
+        return run_it
+
+    def test_no_weights(self, refusal):
+        message = refusal('train.py', CONFIG, *CLASSES, CE_RESNET50_CHECKPOINT='/nowhere/ce.pth')
         assert 'model.backbone.init_cfg: checkpoint not found: /nowhere/ce.pth' in message
-        assert 'for example in CE_RESNET50_CHECKPOINT' in message
+        assert 'It is the value of CE_RESNET50_CHECKPOINT.' in message
 
-    def test_a_classifier_needs_a_prefix(self, tmp_path_factory, tmp_path, shapes):
+    def test_a_classifier_needs_a_prefix(self, refusal, tmp_path_factory):
         """MMDetection's ResNet would load nothing from it."""
         path = tmp_path_factory.mktemp('weights') / 'classifier.pth'
         torch.save(dict(state_dict={'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}), path)
-        message = self.refusal(tmp_path, 'train.py', CONFIG.with_name('mask_rcnn_r50.py'),
-                               *CLASSES, COCO_ROOT=str(shapes), RESNET50_CHECKPOINT=str(path))
+        message = refusal('train.py', CONFIG.with_name('mask_rcnn_r50.py'), *CLASSES,
+                          RESNET50_CHECKPOINT=str(path))
         assert f'0 arrive from {path}' in message
         assert "add prefix='backbone.' to init_cfg" in message
 
-    def test_no_checkpoint_to_test(self, tmp_path, shapes):
-        message = self.refusal(tmp_path, 'test.py', CONFIG, '/nowhere/epoch_24.pth',
-                               COCO_ROOT=str(shapes))
-        assert 'checkpoint not found: /nowhere/epoch_24.pth' in message
-
-    def test_no_config(self, tmp_path):
-        message = self.refusal(tmp_path, 'train.py', 'nothing.py')
-        assert 'config not found: nothing.py' in message
+    @pytest.mark.parametrize(('arguments', 'message'), [
+        (['test.py', CONFIG, '/nowhere/epoch_24.pth'], 'checkpoint not found: /nowhere/epoch_24.p'),
+        (['train.py', 'nothing.py'], 'config not found: nothing.py')])
+    def test_no_file(self, refusal, arguments, message):
+        assert message in refusal(*arguments)
 
 
 class TestDemoData:
@@ -202,18 +188,16 @@ def test_get_flops_needs_nothing_but_configs(tmp_path):
     assert 0 < float(detector[2]) <= float(detector[1])
 
 
-class TestBenchmark:
-
-    def test_models(self, tmp_path):
-        copy = tmp_path / 'copy.py'  # another name for the same model
-        copy.write_text(f'_base_ = "{DEMO_CONFIG}"')
-        tool('benchmark.py', 'models', DEMO_CONFIG, copy, '--size', 64, 96, '--images', 1,
-             '--repeats', 1, '--json', 'out.json', cwd=tmp_path)
-        result = json.loads((tmp_path / 'out.json').read_text())
-        first, second = (result['time'][name] for name in (DEMO_CONFIG.stem, 'copy'))
-        assert first == [1.0]
-        assert second[0] > 0
-        assert len(set(result['kept_bytes'].values())) == 1
+def test_benchmark_of_models(tmp_path):
+    copy = tmp_path / 'copy.py'  # another name for the same model
+    copy.write_text(f'_base_ = "{DEMO_CONFIG}"')
+    tool('benchmark.py', 'models', DEMO_CONFIG, copy, '--size', 64, 96, '--images', 1,
+         '--repeats', 1, '--json', 'out.json', cwd=tmp_path)
+    result = json.loads((tmp_path / 'out.json').read_text())
+    first, second = (result['time'][name] for name in (DEMO_CONFIG.stem, 'copy'))
+    assert first == [1.0]
+    assert second[0] > 0
+    assert len(set(result['kept_bytes'].values())) == 1
 
 
 class TestRealImages:
