@@ -179,11 +179,10 @@ class CE(nn.Module):
             nn.init.zeros_(self.strength)
 
     def freeze_parameters(self) -> None:
-        """Let the parameters that `freeze` names get no gradient."""
-        if self.freeze != 'none':
-            self.requires_grad_(False)
-        if self.identity_start:
-            self.strength.requires_grad_(self.freeze != 'all')
+        """Stop the learning of the parameters that `freeze` names."""
+        for name, parameter in self.named_parameters():
+            if self.freeze == 'all' or (self.freeze == 'adaptive' and name != 'strength'):
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self, x, self.in_channels)

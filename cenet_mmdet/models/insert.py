@@ -62,8 +62,8 @@ class NormCE(nn.Module):
 
     def _freeze(self) -> None:
         # MMCV sets requires_grad of all parameters of a norm once it is built, and so of CE's.
-        if getattr(self.ce, 'freeze', 'none') != 'none':
-            self.ce.requires_grad_(False)
+        if isinstance(self.ce, CE):
+            self.ce.freeze_parameters()
 
     def extra_repr(self) -> str:
         return f'before={self.before}'

@@ -148,7 +148,7 @@ class TestDoctor:
 
     @pytest.mark.parametrize('content, problem', [
         ("_base_ = 'nowhere.py'", r'- config and files: \w+: .*nowhere\.py.*'),
-        (f"_base_ = '{configs_dir()}/mask_rcnn_r50.py'", '.*needs torchvision, which is not installed.*'),
+        (f"_base_ = '{configs_dir()}/mask_rcnn_r50.py'", '.*needs torchvision, which is not.*'),
         (f"_base_ = '{configs_dir()}/mask_rcnn_ce_r50.py'\n"
          "train_dataloader = dict(dataset=dict(data_root='nowhere'))",
          '.*nowhere/annotations/instances_train2017.json is not there.*')])

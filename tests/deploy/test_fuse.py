@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HALF, ROOT, tool
+from helpers.layers import strengthened
 from helpers.networks import SLIM
 from helpers.norms import BatchNormAct2d
 from mmcv.cnn import ConvModule
@@ -47,6 +48,8 @@ NETWORKS = {
     'SyncCE': lambda: CEResNet(50, **SLIM, ce_cfg=dict(type='SyncCE')),
     'BD alone': lambda: CEResNet(50, **SLIM, ce_cfg=dict(bd_ratio=1.0)),
     'IR alone': lambda: CEResNet(50, **SLIM, ce_cfg=dict(bd_ratio=0.0)),
+    'identity start': lambda: ResNet(50, **SLIM, plugins=[
+        {**PLUGIN[0], 'cfg': dict(type='CE', identity_start=True)}]),
     'fixed lambda': lambda: CEResNet(50, **SLIM, ce_cfg=dict(bd_ratio=0.3)),
     'plugins of ResNet-50': lambda: ResNet(50, **SLIM, plugins=PLUGIN),
     'insert_ce in ResNet-50': lambda: insert_ce(ResNet(50, **SLIM), r'layer[12]\.\d+\.bn3'),
@@ -64,7 +67,7 @@ def images(*size, seed=0, dtype=torch.float64):
 def trained(network, dtype=torch.float64):
     """With statistics, inhibited channels and offsets that no initial network has."""
     torch.manual_seed(0)
-    model = network().to(dtype)
+    model = strengthened(network()).to(dtype)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.2, 1)

@@ -9,6 +9,7 @@ from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cenet_mmdet.layers.reference import reference_ce
+from helpers.layers import strengthened
 
 # New processes are forks of one that has imported the libraries, which takes seconds.
 FORKS = multiprocessing.get_context('forkserver')
@@ -73,7 +74,7 @@ def _serve(rank, count, folder, pipe):
 def new_layer(cls, channels, dtype=torch.float64, **options):
     """With the same parameters every time."""
     torch.manual_seed(0)
-    return cls(channels, dtype=dtype, **options)
+    return strengthened(cls(channels, dtype=dtype, **options))
 
 
 def batches(shapes, channels, seed, scale=1.):

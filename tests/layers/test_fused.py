@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from conftest import HALF
-from helpers.layers import kept_maps, random_input
+from helpers.layers import kept_maps, random_input, strengthened
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -16,7 +16,7 @@ from cenet_mmdet.models.insert import NormCE
 NORMS = {'plain': {}, 'cumulative': dict(momentum=None), 'no affine': dict(affine=False),
          'untracked': dict(track_running_stats=False), 'momentum 0.3': dict(momentum=0.3)}
 LAYERS = {'both': {}, 'BD alone': dict(bd_ratio=1.0), 'fixed': dict(bd_ratio=0.3),
-          'frozen F': dict(freeze='adaptive')}
+          'frozen F': dict(freeze='adaptive'), 'identity start': dict(identity_start=True)}
 
 
 def pair(norm_options, ce_options, channels=16, dtype=torch.float64):
@@ -26,7 +26,7 @@ def pair(norm_options, ce_options, channels=16, dtype=torch.float64):
     if norm.affine:
         nn.init.uniform_(norm.weight, 0.1, 2)
         nn.init.normal_(norm.bias)
-    return norm, CE(channels, **{'group_size': 4, **ce_options}, dtype=dtype)
+    return norm, strengthened(CE(channels, **{'group_size': 4, **ce_options}, dtype=dtype))
 
 
 def maps(*shape, **options):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import HALF
-from helpers.layers import random_input, same_state, state
+from helpers.layers import random_input, same_state, state, strengthened
 from helpers.ranks import Collectives, batches, new_layer, reference_norm, reference_step
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         """With running statistics that are those of some batch."""
         torch.manual_seed(self.seed)
         options = self.options if cls is CE else dict(group_size=self.options['group_size'])
-        layer = cls(self.shape[1], dtype=dtype, **options)
+        layer = strengthened(cls(self.shape[1], dtype=dtype, **options))
         if options.get('freeze') != 'all':
             layer(torch.randn(3, self.shape[1], 4, 4, dtype=dtype))
         return layer.train(self.training)
@@ -78,7 +78,7 @@ def cases(draw, smallest=0, scales=SCALES, offsets=OFFSETS, kinds=KINDS,
     spatial = draw(st.sampled_from(dimensions))
     shape = (draw(sizes), draw(CHANNELS), *(draw(sizes) for _ in range(spatial)))
     options = dict(group_size=draw(st.none() | st.integers(1, 40)), bd_ratio=draw(RATIOS),
-                   freeze=draw(st.sampled_from(FREEZE_MODES)),
+                   freeze=draw(st.sampled_from(FREEZE_MODES)), identity_start=draw(st.booleans()),
                    num_iters=draw(st.integers(1, 5)))
     return Case(shape, options, draw(st.booleans()), draw(st.sampled_from(kinds)),
                 draw(st.sampled_from(scales)), draw(st.sampled_from(offsets)),
@@ -225,7 +225,7 @@ def test_groups_are_whitened_by_themselves(case):
     """BD on a group's channels alone gives what BD on all channels gives them."""
     case = case._replace(options={**case.options, 'bd_ratio': 1., 'freeze': 'none'})
     whole, x = case.layer(torch.float64).train(), case.input(torch.float64)
-    part = CE(whole.group_size, dtype=torch.float64, **{**case.options, 'group_size': None})
+    part = new_layer(CE, whole.group_size, **{**case.options, 'group_size': None})
     chosen = slice(-whole.group_size, None)
     close(part(x[:, chosen]), whole(x)[:, chosen])
 
@@ -234,7 +234,7 @@ def batch_norm_and_ce(channels, **options):
     # IR alone is not fused, and torch's batch norm keeps what it saw
     options['bd_ratio'] = options['bd_ratio'] or 0.4
     both = NormCE(nn.BatchNorm2d(channels, dtype=torch.float64),
-                  CE(channels, dtype=torch.float64, **options))
+                  new_layer(CE, channels, **options))
     assert can_fuse(both.norm, both.ce, torch.ones(2, channels, 2, 2))
     return both
 
@@ -243,7 +243,7 @@ def decorrelating(cls):
     return lambda channels, group_size, **_: cls(channels, group_size, dtype=torch.float64)
 
 
-TRACKING = {'CE': lambda channels, **options: CE(channels, dtype=torch.float64, **options),
+TRACKING = {'CE': lambda channels, **options: new_layer(CE, channels, **options),
             'BN + CE': batch_norm_and_ce, 'IterNorm': decorrelating(IterNorm),
             'DBN': decorrelating(DBN)}
 
@@ -293,7 +293,7 @@ def test_a_state_dict_is_all_there_is(cls, case):
 
 @given(cases())
 def test_freezing_is_what_it_says(case):
-    """'all' moves no statistics, 'adaptive' and 'all' nothing that learns."""
+    """'all' moves no statistics, 'adaptive' and 'all' nothing that learns but the strength."""
     ce, x = case.layer(torch.float64).train(), case.input(torch.float64)
     before = state(ce)
     y = ce(x)
@@ -301,7 +301,9 @@ def test_freezing_is_what_it_says(case):
     tracks = ce.freeze != 'all' and x.numel() > 0
     assert ('0.num_batches_tracked' in moved) is tracks
     assert bool(moved) is tracks
-    assert {p.requires_grad for p in ce.parameters()} <= {ce.freeze == 'none'}
+    for name, parameter in ce.named_parameters():
+        frozen = ('adaptive', 'all') if name != 'strength' else ('all', )
+        assert parameter.requires_grad is (ce.freeze not in frozen)
     if ce.freeze == 'all':
         assert torch.equal(y, ce.eval()(x))
 
@@ -310,7 +312,8 @@ def test_freezing_is_what_it_says(case):
 def splits(draw):
     """Channels, options, and each rank's (samples, height, width), of which some are empty."""
     options = dict(group_size=draw(st.none() | st.integers(1, 16)), bd_ratio=draw(RATIOS),
-                   freeze=draw(st.sampled_from(['none', 'adaptive'])))
+                   freeze=draw(st.sampled_from(['none', 'adaptive'])),
+                   identity_start=draw(st.booleans()))
     shapes = [(draw(st.integers(0, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5)))
               for _ in range(3)]
     assume(any(n > 0 and h * w > 1 for n, h, w in shapes))  # else there is no variance

@@ -1,7 +1,7 @@
 """insert_ce and the CE norms, on networks in the styles of torchvision, timm and MMDetection."""
 import pytest
 import torch
-from helpers.networks import SLIM, images
+from helpers.networks import SLIM, images, trained
 from helpers.norms import (
     BatchNormAct2d,
     ConvNeXtLayerNorm,
@@ -16,7 +16,7 @@ from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cenet_mmdet import CE, SyncCE, insert_ce
+from cenet_mmdet import CE, CEResNet, SyncCE, insert_ce
 from cenet_mmdet.models.insert import NormCE
 from cenet_mmdet.utils.errors import InputError
 
@@ -177,6 +177,34 @@ class TestSelection:
     def test_an_unknown_layer(self):
         with pytest.raises(ValueError, match="no layer 'Nothing' in the registry"):
             insert_ce(torchvision_style(), '1', dict(type='Nothing'))
+
+
+IDENTITY = dict(identity_start=True)
+PLUGIN = dict(cfg=dict(type='CE', **IDENTITY), stages=(True, True), position='after_conv3')
+
+
+@pytest.mark.parametrize('with_ce', [
+    lambda: insert_ce(mmdet_style(), '.*', IDENTITY),
+    lambda: insert_ce(mmdet_style(), '.*', dict(type='SyncCE', **IDENTITY)),
+    lambda: mmdet_style(plugins=[PLUGIN]),
+    lambda: mmdet_style(norm_cfg=dict(type='CEBN', ce_cfg=IDENTITY)),
+    lambda: CEResNet(50, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
+                     ce_blocks=[(0, 1), (2, )], ce_cfg=IDENTITY, **SLIM)],
+    ids=['inserted', 'SyncCE', 'plugin', 'norm_cfg', 'CEResNet'])
+def test_a_trained_network_starts_from_where_it_is(with_ce):
+    """In training and evaluation; then CE learns."""
+    plain, network = trained(mmdet_style()), with_ce()
+    missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all('ce' in name for name in missing)
+    for training in (True, False):
+        plain.train(training)
+        network.train(training)
+        torch.testing.assert_close(network(images()), plain(images()), rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    network.train()
+    network(images())[1].square().mean().backward()
+    optimizer.step()
+    assert all(ce.strength != 0 for ce in network.modules() if isinstance(ce, CE))
 
 
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm,

@@ -86,13 +86,18 @@ class Run:
 
 def all_runs() -> List[Run]:
     """In the order of training: one seed of everything first."""
-    decays = [[Run(ce=ce, weight_decay=decay, seed=seed)
-               for decay in WEIGHT_DECAYS for ce in (None, 'ce', 'bd', 'ir')] for seed in (0, 1)]
+    def decays(seed, layers):
+        return [Run(ce=ce, weight_decay=decay, seed=seed)
+                for decay in WEIGHT_DECAYS for ce in layers]
+
     pairs = [Run(norm=norm, act=act, ce=ce)
              for norm, act in (('ln', 'relu'), ('bn', 'elu'), ('bn', 'leakyrelu'))
              for ce in (None, 'ce')]
-    noise = [Run(ce=ce, corrupted=share) for share in (0.2, 0.4, 0.6) for ce in (None, 'ce')]
-    return [*decays[0], *pairs, Run(norm='iternorm'), *noise, *decays[1]]
+    noise = [Run(ce=ce, corrupted=share) for share in (0.4, 0.2, 0.6) for ce in (None, 'ce')]
+    at_most_inhibited = [Run(ce=ce) for ce in (None, 'ce', 'bd', 'ir')]
+    return list(dict.fromkeys([
+        *at_most_inhibited, *decays(0, (None, 'ce')), *noise[:2], *pairs, Run(norm='iternorm'), *noise[2:],
+        *decays(0, ('bd', 'ir')), *decays(1, (None, 'ce', 'bd', 'ir'))]))
 
 
 def build_network(run: Run) -> nn.Module:

@@ -47,7 +47,7 @@ SYNC = ['model.backbone.norm_eval=False', 'model.backbone.ce_cfg.type=SyncCE',
 CLASSIFIERS = {'bn': PLAIN, 'ce': []}
 # name -> (classifier, options, processes)
 DETECTORS = {
-    'bn': ('bn', PLAIN, 1),
+    'bn': ('bn', [*PLAIN, 'model.backbone.init_cfg.prefix=backbone.'], 1),
     'ce inserted': ('bn', [], 1),
     'ce inserted, identity_start': ('bn', IDENTITY, 1),
     'ce': ('ce', [], 1),
