@@ -96,8 +96,8 @@ def all_runs() -> List[Run]:
     noise = [Run(ce=ce, corrupted=share) for share in (0.4, 0.2, 0.6) for ce in (None, 'ce')]
     at_most_inhibited = [Run(ce=ce) for ce in (None, 'ce', 'bd', 'ir')]
     return list(dict.fromkeys([
-        *at_most_inhibited, *decays(0, (None, 'ce')), *noise[:2], *pairs, Run(norm='iternorm'), *noise[2:],
-        *decays(0, ('bd', 'ir')), *decays(1, (None, 'ce', 'bd', 'ir'))]))
+        *at_most_inhibited, *decays(0, (None, 'ce')), *noise[:2], *pairs, Run(norm='iternorm'),
+        *noise[2:], *decays(0, ('bd', 'ir')), *decays(1, (None, 'ce', 'bd', 'ir'))]))
 
 
 def build_network(run: Run) -> nn.Module:
