@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need. PYTHON names the interpreter to
 # build the environment with, STACK the releases in it (maintained or legacy, see
-# cenet_mmdet/stacks.py), VENV its folder.
+# cenet_mmdet/utils/stacks.py), VENV its folder.
 PYTHON ?= python3
 STACK ?= maintained
 VENV ?= .venv$(if $(filter-out maintained,$(STACK)),-$(STACK))
@@ -21,12 +21,12 @@ demo: setup  ## train, evaluate and draw on a small generated set (under 10 minu
 # Files of tests side by side, with one thread each: much of the time is imports. Those that
 # kill runs at given moments come by themselves.
 test: setup  ## run the test suite
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --ignore tests/test_distributed.py
-	$(RUN) -m pytest tests/test_distributed.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --ignore tests/engine/test_distributed.py
+	$(RUN) -m pytest tests/engine/test_distributed.py
 
 test-long: setup  ## run what takes minutes: killed runs, mixed precision, properties on 18,000 examples
 	$(RUN) -m pytest -m long -s
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py --hypothesis-profile long \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/layers/test_properties.py --hypothesis-profile long \
 		--hypothesis-show-statistics
 
 # The layers need torch alone, and an older Python than the stacks; TORCH is pip's.
@@ -36,8 +36,7 @@ test-core:  ## test the layers alone: make test-core PYTHON=python3.9 TORCH='tor
 	$(PYTHON) -m venv $(CORE)
 	$(CORE)/bin/python -m pip install $(foreach name,$(TORCH),'$(name)') pytest hypothesis
 	$(CORE)/bin/python -m pip install --no-deps --editable .
-	$(CORE)/bin/python -m pytest tests/test_layer.py tests/test_parity.py tests/test_properties.py \
-		tests/test_decorrelated_norms.py
+	$(CORE)/bin/python -m pytest tests/layers
 
 test-gpu: setup  ## test and measure on a GPU, into build/gpu_report.md; does nothing without one
 	$(RUN) tools/dev/gpu_report.py build/gpu_report.md
@@ -49,8 +48,9 @@ test-networks:  ## put CE into networks of timm and torchvision and fold them; w
 	$(NETWORKS)/bin/python -m pip install --no-deps --editable .
 	OMP_NUM_THREADS=1 $(NETWORKS)/bin/python -W ignore tools/dev/try_networks.py
 
-lint: setup  ## check style
+lint: setup  ## check style and annotations
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 clean:  ## delete what the commands above left behind, except data/
 	rm -rf .venv .venv-* build work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ def read(path):
 def add_resources(package):
     """Put configs and tools into a package that is built, where OpenMMLab's packages have them.
 
-    The source tree stays as it is: in a checkout, cenet_mmdet/resources.py finds them there.
+    The source tree stays as it is: in a checkout, cenet_mmdet/utils/resources.py finds them there.
     """
     inside = PACKAGE / '.mim'  # in an unpacked sdist
     source = inside if inside.is_dir() else ROOT
@@ -73,8 +73,8 @@ setup(
         'pretrain': ['onedl-mmpretrain>=1.3.6'],
         # tools/deploy.py --onnx
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
-        'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'onnx', 'onnxruntime',
-                'onnxscript', 'pre-commit>=3.5', 'psutil', 'pytest>=8',
+        'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'mypy==2.4.1', 'onnx',
+                'onnxruntime', 'onnxscript', 'pre-commit>=3.5', 'psutil', 'pytest>=8',
                 'pytest-xdist>=3.6', 'ruff==0.17.6'],
     },
     classifiers=[

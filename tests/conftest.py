@@ -28,7 +28,7 @@ SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,128)',
 FEW_ROIS = ['model.train_cfg.rcnn.sampler.num=16', 'model.train_cfg.rpn_proposal.max_per_img=50',
             'model.test_cfg.rcnn.score_thr=0.001', 'model.test_cfg.rcnn.max_per_img=10']
 
-# The legacy stack, see cenet_mmdet/stacks.py.
+# The legacy stack, see cenet_mmdet/utils/stacks.py.
 LEGACY = torch.__version__.startswith('2.1.')
 
 # What can be computed in on CPUs: torch 2.1 has neither float16 autocast nor products there.

@@ -2,7 +2,7 @@
 import re
 import textwrap
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, Mapping, Optional
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -54,7 +54,7 @@ def load_model(config: PathLike, checkpoint: PathLike) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, checkpoint: PathLike, config: PathLike) -> Dict:
+def load_weights(model: nn.Module, checkpoint: PathLike, config: PathLike) -> Mapping:
     """Load all weights of a config's model from a checkpoint, which is returned."""
     content = load_if_safe(checkpoint) or CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu')
     entries = {re.sub(r'^module\.', '', key): value

@@ -1,16 +1,17 @@
 """What all CE backbones share: the checkpoints they load, and a check before the first forward."""
 import logging
-from typing import Any, Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from mmengine.model import BaseModule
+from torch import Tensor
 
 from ..checkpoint import convert
 from ..layers import CE
 from ..utils.compat import is_compiling
 
 
-class CENetwork(nn.Module):
+class CENetwork(BaseModule):
     """Mix-in for backbones with CE layers; it stands before the backbone class.
 
     Loads its own checkpoints, the authors', those of the network without CE (a warning says so),
@@ -40,7 +41,8 @@ class CENetwork(nn.Module):
         if any(cfg.get('type') == 'Pretrained' for cfg in configs):
             self._check_statistics()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any,
+                              **kwargs: Any) -> None:
         if not prefix:  # else a whole model is being loaded, and this is its backbone
             entries = convert.backbone_entries(state_dict)
             state_dict.clear()
@@ -60,7 +62,7 @@ class CENetwork(nn.Module):
                       'their initial values', logger='current', level=logging.WARNING)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: Tensor):
+    def forward(self, x: Tensor) -> Any:
         self.check_before_first_forward()
         return super().forward(x)
 

@@ -1,6 +1,6 @@
 """CE in networks that know nothing of it: behind the normalization layers that one selects."""
 import re
-from typing import Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class NormCE(nn.Module):
         self._freeze()
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs) -> 'NormCE':
+    def _apply(self, *args: Any, **kwargs: Any) -> 'NormCE':
         self._freeze()  # MMEngine moves a model to its device before it is wrapped
         return super()._apply(*args, **kwargs)
 
@@ -68,7 +68,8 @@ class NormCE(nn.Module):
     def extra_repr(self) -> str:
         return f'before={self.before}'
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any,
+                              **kwargs: Any) -> None:
         # Entries that are not of one of these layers are the norm's, from a network without CE.
         ours = tuple(f'{prefix}{name}.' for name in self._modules)
         for key in list(state_dict):
@@ -98,7 +99,7 @@ def insert_ce(model: nn.Module, where: Selector, ce_cfg: Optional[Dict] = None,
         InputError: `where` selects no norm, or a layer norm over the last dimension. The message
             lists the norms that CE can follow.
     """
-    replaced = {}
+    replaced: Dict[nn.Module, nn.Module] = {}
     for norm in dict.fromkeys(map(model.get_submodule, selected_norms(model, where))):
         layer, activation = build_layer(ce_cfg, channels_of(norm)), activation_of(norm)
         if activation is not None:  # conversions to SyncBN lose what a norm holds besides
@@ -134,7 +135,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def channels_of(norm: nn.Module) -> Optional[int]:
+def channels_of(norm: Any) -> Optional[int]:
     """C, the size of dimension 1 of what a norm takes; None for one over the last dimension."""
     if isinstance(norm, nn.GroupNorm):
         return norm.num_channels

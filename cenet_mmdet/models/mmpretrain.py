@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 from importlib.util import find_spec
+from typing import Any, Dict
 
 from mmengine.logging import print_log
 
@@ -21,17 +22,17 @@ TORCHVISION = ('torchvision', 'torchvision.ops', 'torchvision.ops.boxes', 'torch
 class _Missing(type):
     """Type of the placeholders: any attribute is there, none can be called."""
 
-    def __getattr__(cls, name):
+    def __getattr__(cls, name: str) -> '_Missing':
         if name.startswith('__'):
             raise AttributeError(name)
         return _Missing(name, (), {})
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> None:
         raise ImportError(f'{cls.__name__} needs torchvision, which is not installed')
 
 
 def _import_mmpretrain() -> None:
-    placeholders = {}
+    placeholders: Dict[str, Any] = {}
     if not find_spec('torchvision'):
         print_log('torchvision is not installed: the parts of mmpretrain that need it will fail '
                   'when used', logger='current', level=logging.WARNING)

@@ -4,6 +4,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +20,7 @@ from ..insert import build_layer
 DEFAULT_STAGES = {18: 4, 34: 4, 50: 3, 101: 2, 152: 2}
 
 
-class _CEBlock(nn.Module):
+class _CEBlock(BaseModule):
     """What both blocks share: a CE layer behind the norm named `ce_norm`, if there is one."""
     convs: int
 
@@ -87,6 +88,7 @@ class CEResNet(CENetwork, ResNet):
     Raises:
         ValueError: for an unknown depth or position, or a block that does not exist.
     """
+    stem: nn.Module  # a deep one
     arch_settings = {depth: (CEBasicBlock if block is BasicBlock else CEBottleneck, counts)
                      for depth, (block, counts) in ResNet.arch_settings.items()}
 
