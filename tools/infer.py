@@ -110,6 +110,9 @@ def read_config(path, checkpoint):
         sys.exit(f'{path} is not the config of a detector')
     check_checkpoint(checkpoint)
     cfg.model.backbone.init_cfg = None  # all weights are the checkpoint's
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if not isinstance(step.type, str):  # a class, of which MMDetection expects the name
+            step.type = step.type.__name__
     cfg.visualizer = dict(type='DetLocalVisualizer')  # pictures are written here, nowhere else
     return cfg
 
@@ -209,14 +212,9 @@ def detect(inferencer, images, arguments):
     return detections, unreadable
 
 
-def write_json(content, path):
-    """All or nothing: a run that is stopped leaves no half file."""
-    unfinished = path.with_name(f'.{path.name}.part')
-    unfinished.write_text(json.dumps(content))
-    os.replace(unfinished, path)
-
-
 def main(arguments):
+    from cenet_mmdet.utils.files import replacing
+
     if arguments.out.exists() and not arguments.out.is_dir():
         sys.exit(f'--out {arguments.out} is no folder')
     images = find_images(arguments.images, arguments.out)
@@ -227,7 +225,8 @@ def main(arguments):
     if len(unreadable) == len(images):
         sys.exit(problem)
     results = arguments.out / 'results.json'
-    write_json(detections, results)
+    with replacing(results) as partial:
+        partial.write_text(json.dumps(detections))
     print(f'{len(detections)} detections in {len(images) - len(unreadable)} images: {results}, '
           f'pictures in {arguments.out / "vis"}')
     if unreadable:
