@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make the tables and pictures of docs/evidence.md from docs/evidence/results.jsonl.
+"""Make the tables and pictures of docs/evidence.md and adopt.md from docs/evidence/results.jsonl.
 
     python tools/dev/evidence_page.py
     python tools/dev/evidence_page.py --check
 
-A table stands in the page between `<!-- table: NAME -->` and `<!-- end -->`. A picture records the
+A table stands in a page between `<!-- table: NAME -->` and `<!-- end -->`. A picture records the
 results that it shows in its file, so that --check finds a stale one.
 """
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGE = ROOT / 'docs' / 'evidence.md'
+PAGES = [ROOT / 'docs' / name for name in ('evidence.md', 'adopt.md')]
 FOLDER = ROOT / 'docs' / 'evidence'
 RESULTS = FOLDER / 'results.jsonl'
 DECAYS = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -33,12 +33,12 @@ Results = Dict[Tuple, Runs]
 
 
 def read_results(lines: List[str]) -> Results:
-    """Runs by (norm, act, ce, weight decay, corrupted), with a run for each seed."""
+    """Runs by (norm, act, ce, weight decay, corrupted) or ('shapes', model), one for each seed."""
     results: Results = defaultdict(list)
     for run in map(json.loads, lines):
-        config = run['config']
-        results[tuple(config[name] for name in (
-            'norm', 'act', 'ce', 'weight_decay', 'corrupted'))].append(run)
+        key = ('shapes', run['model']) if run.get('experiment') == 'shapes' else tuple(
+            run['config'][name] for name in ('norm', 'act', 'ce', 'weight_decay', 'corrupted'))
+        results[key].append(run)
     return results
 
 
@@ -120,12 +120,44 @@ def noise_table(results: Results) -> str:
                  rows)
 
 
+def shapes_cell(results: Results, model: str, metric: str) -> str:
+    return cell([run['scalars'][metric] * (1 if metric.startswith('accuracy') else 100)
+                 for run in results.get(('shapes', model), [])])
+
+
+def detectors_table(results: Results) -> str:
+    """Table 5 in miniature."""
+    rows = [[label, shapes_cell(results, f'classifier {kind}', 'accuracy/top1'),
+             *(shapes_cell(results, f'detector {name}', f'coco/{what}_mAP')
+               for what in ('bbox', 'segm'))]
+            for label, kind, name in (
+                ('BN', 'bn', 'bn'), ('+ CE, statistics and parameters frozen', 'ce', 'ce frozen'),
+                ('+ SyncCE, lambda and F frozen, two ranks', 'ce', 'syncce'),
+                ('+ CE, everything learns', 'ce', 'ce'))]
+    return table(['backbone', 'accuracy of the classifier', 'box AP', 'mask AP'], rows)
+
+
+def put_in_table(results: Results) -> str:
+    """CE put into a trained network, with and without `identity_start`."""
+    rows = [[label, shapes_cell(results, f'put in {name}', 'coco/bbox_mAP'),
+             shapes_cell(results, f'detector {name}', 'coco/bbox_mAP')]
+            for label, name in (
+                ('batch norm classifier, no CE', 'bn'), ('the same, CE inserted', 'ce inserted'),
+                ('the same, `identity_start=True`', 'ce inserted, identity_start'))]
+    rows.append(['classifier trained with CE', '', shapes_cell(results, 'detector ce',
+                                                               'coco/bbox_mAP')])
+    return table(['start of the backbone', 'box AP of the trained detector with CE put in, '
+                  'untrained', 'box AP after 4 epochs of fine-tuning'], rows)
+
+
 TABLES: Dict[str, Callable[[Results], str]] = {
     'inhibited by weight decay': decay_table('inhibited'),
     'accuracy by weight decay': decay_table('accuracy'),
     'inhibited by layer': layers_table,
     'norms and activations': networks_table,
     'corrupted labels': noise_table,
+    'detectors': detectors_table,
+    'identity start': put_in_table,
 }
 
 
@@ -135,6 +167,19 @@ def plot_seeds(axes, places, columns, **style) -> None:
     axes.plot([place for place, _ in known], [statistics.mean(v) for _, v in known], **style)
     for place, values in known:
         axes.plot([place] * len(values), values, linestyle='', marker='.', color=style['color'])
+
+
+def draw_inhibited(results: Results, figure) -> None:
+    training, depth = figure.subplots(1, 2)
+    for ce in LABELS:
+        for index, run in enumerate(find(results, ce)):
+            style = dict(color=COLOURS[ce], label=None if index else LABELS[ce])
+            training.plot(range(1, len(run['epochs']) + 1),
+                          [epoch['inhibited'] for epoch in run['epochs']], **style)
+            depth.plot(range(1, 9), run['epochs'][-1]['inhibited_by_layer'], marker='.', **style)
+    training.set(xlabel='epoch', ylabel='inhibited channels, %', title='over training')
+    depth.set(xlabel='layer', title='after training')
+    depth.legend(frameon=False)
 
 
 def draw_decay(results: Results, figure) -> None:
@@ -223,6 +268,7 @@ def draw_correlations(results: Results, figure) -> None:
 
 
 PICTURES = {
+    'inhibited.png': (draw_inhibited, (9, 3.4)),
     'weight_decay.png': (draw_decay, (9, 3.6)),
     'norms.png': (draw_networks, (10, 3.6)),
     'corrupted_labels.png': (draw_noise, (5, 3.6)),
@@ -247,11 +293,11 @@ def stale() -> List[str]:
     """Names of what does not follow from the results."""
     from PIL import Image
 
-    page = PAGE.read_text()
     results = read_results(RESULTS.read_text().splitlines())
     pictures = [name for name in PICTURES
                 if Image.open(FOLDER / name).info.get('Source') != digest()]
-    return pictures + [PAGE.name] * (with_tables(page, results) != page)
+    return pictures + [page.name for page in PAGES
+                       if with_tables(page.read_text(), results) != page.read_text()]
 
 
 def draw_pictures(results: Results) -> None:
@@ -278,7 +324,8 @@ def main():
         sys.exit(f'stale: {", ".join(names)}; run tools/dev/evidence_page.py' if names else 0)
     results = read_results(RESULTS.read_text().splitlines())
     draw_pictures(results)
-    PAGE.write_text(with_tables(PAGE.read_text(), results))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(), results))
 
 
 if __name__ == '__main__':
