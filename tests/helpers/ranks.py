@@ -5,7 +5,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cenet_mmdet.layers.reference import reference_ce
@@ -17,12 +17,7 @@ FORKS.set_forkserver_preload(['cenet_mmdet'])
 
 
 class Ranks:
-    """Processes over gloo that start once and then run function after function.
-
-    Args:
-        count: number of processes.
-        folder: where they meet.
-    """
+    """Processes over gloo that meet in a folder, start once, and run function after function."""
 
     def __init__(self, count, folder):
         self.pipes, self.processes = [], []
@@ -74,7 +69,11 @@ def _serve(rank, count, folder, pipe):
 def new_layer(cls, channels, dtype=torch.float64, **options):
     """With the same parameters every time."""
     torch.manual_seed(0)
-    return strengthened(cls(channels, dtype=dtype, **options))
+    layer = strengthened(cls(channels, dtype=dtype, **options))
+    if hasattr(layer, 'reweighting'):
+        # else the ReLU of a single hidden unit stands at 0, where rounding decides its gradient
+        nn.init.constant_(layer.reweighting[1].bias, 0.1)
+    return layer
 
 
 def batches(shapes, channels, seed, scale=1.):

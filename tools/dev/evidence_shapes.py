@@ -81,7 +81,8 @@ class Experiments:
     def __init__(self, arguments) -> None:
         self.results = arguments.results
         self.work_dir = arguments.work_dir
-        self.environment = dict(COCO_ROOT=str(arguments.data.absolute()), COCO_YEAR='2017',
+        python = Path(sys.executable).parent  # torchrun lies beside it
+        self.environment = dict(PATH=f'{python}{os.pathsep}{os.environ["PATH"]}', COCO_ROOT=str(arguments.data.absolute()), COCO_YEAR='2017',
                                 IMAGENET_ROOT=str(arguments.crops.absolute()))
         lines = self.results.read_text().splitlines() if self.results.is_file() else []
         self.finished = {json.loads(line)['name'] for line in lines}
@@ -153,10 +154,10 @@ def main():
     experiments = Experiments(arguments)
     stages = [(experiments.classifier, CLASSIFIERS), (experiments.detector, DETECTORS),
               (experiments.put_in, PUT_IN)]
-    for step, names in stages:
-        with ThreadPoolExecutor(arguments.workers) as pool:
-            list(pool.map(lambda job, step=step: step(*job),
-                          [(name, seed) for seed in SEEDS for name in names]))
+    for seed in SEEDS:
+        for step, names in stages:
+            with ThreadPoolExecutor(arguments.workers) as pool:
+                list(pool.map(lambda name, step=step, seed=seed: step(name, seed), names))
 
 
 if __name__ == '__main__':
