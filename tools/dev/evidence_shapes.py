@@ -82,7 +82,8 @@ class Experiments:
         self.results = arguments.results
         self.work_dir = arguments.work_dir
         python = Path(sys.executable).parent  # torchrun lies beside it
-        self.environment = dict(PATH=f'{python}{os.pathsep}{os.environ["PATH"]}', COCO_ROOT=str(arguments.data.absolute()), COCO_YEAR='2017',
+        self.environment = dict(PATH=f'{python}{os.pathsep}{os.environ["PATH"]}',
+                                COCO_ROOT=str(arguments.data.absolute()), COCO_YEAR='2017',
                                 IMAGENET_ROOT=str(arguments.crops.absolute()))
         lines = self.results.read_text().splitlines() if self.results.is_file() else []
         self.finished = {json.loads(line)['name'] for line in lines}
