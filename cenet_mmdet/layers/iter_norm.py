@@ -1,13 +1,11 @@
 """The whitening normalizations that the CE paper compares with in its Table 3.
 
-IterNorm: Huang, Zhou, Zhu, Liu, Shao, "Iterative Normalization: Beyond
-Standardization towards Efficient Whitening", CVPR 2019 (arXiv 1904.03441).
-DBN: Huang, Yang, Lang, Deng, "Decorrelated Batch Normalization", CVPR 2018
-(arXiv 1804.08450).
+IterNorm: Huang, Zhou, Zhu, Liu, Shao, "Iterative Normalization: Beyond Standardization towards
+Efficient Whitening", CVPR 2019 (arXiv 1904.03441). DBN: Huang, Yang, Lang, Deng, "Decorrelated
+Batch Normalization", CVPR 2018 (arXiv 1804.08450).
 
 Both take the place of a batch normalization layer, where CE follows one: they centre, and their
-whitened features have unit variance. A forward pass has CE's steps: moments -> covariance ->
-whitening matrix -> apply.
+whitened features have unit variance. A forward pass has CE's steps.
 """
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -28,9 +26,8 @@ Device = Union[torch.device, str, None]
 class _WhiteningNorm(nn.Module):
     """y = gamma * W (x - mean) + beta, where W whitens groups of channels; W is the subclass's.
 
-    In evaluation, the mean and W are running averages; it is W that is
-    averaged and not the covariance, as in both papers. Until the first batch
-    they are 0 and I.
+    In evaluation, the mean and W are running averages, at first 0 and I. As in both papers, W is
+    averaged and not the covariance.
     """
     _abbr_ = 'bn'  # MMCV names layers after this: bn1, as in checkpoints of plain ResNets
 
@@ -130,17 +127,15 @@ class _WhiteningNorm(nn.Module):
 class IterNorm(_WhiteningNorm):
     """Iterative normalization (CVPR 2019): W by Newton's iteration, Algorithm 1 there.
 
-    With sigma_N = sigma / trace(sigma), it is W = P_T / sqrt(trace(sigma)) of
-    P_0 = I, P_k = (3 P_{k-1} - P_{k-1}^3 sigma_N) / 2. After T iterations, a
-    direction with the share l of the trace has at most the variance 1.5^(2T) l:
-    5 whiten the directions of large variance and leave noise small. CE
-    iterates 3 times and does not rescale.
+    With sigma_N = sigma / trace(sigma), it is W = P_T / sqrt(trace(sigma)) of P_0 = I,
+    P_k = (3 P_{k-1} - P_{k-1}^3 sigma_N) / 2. After T iterations, a direction with the share l of
+    the trace has at most the variance 1.5^(2T) l: 5 whiten the directions of large variance and
+    leave noise small. CE iterates 3 times and does not rescale.
 
     Args:
         num_features: number of channels C.
-        group_size: channels d per whitening group; None for one group of all
-            channels. A size that does not divide C is halved until it does,
-            as CE's; ``repr`` shows the size in use.
+        group_size: channels d per whitening group; None for one group of all channels. A size that
+            does not divide C is halved until it does, as CE's; ``repr`` shows the size in use.
         num_iters: Newton iterations T; more than about 10 amplify rounding.
         eps: added to the diagonal of the covariance.
         momentum: weight of the new value in the running averages.
@@ -149,14 +144,12 @@ class IterNorm(_WhiteningNorm):
 
     Shape:
         - Input: (N, C), (N, C, L) or (N, C, H, W), or more spatial dimensions.
-        - Output: as the input. An empty input gives an empty output and
-          leaves the statistics as they are.
-
-    A batch with inf or NaN leaves the running averages as they were, as in CE.
+        - Output: as the input. An empty input gives an empty output and leaves the statistics as
+          they are, and so does a batch with inf or NaN, as in CE.
 
     Raises:
-        ValueError: for an argument out of its range, input of another rank or
-            number of channels, or one value per channel in training.
+        ValueError: for an argument out of its range, input of another rank or number of channels,
+            or one value per channel in training.
     """
 
     def __init__(self,
@@ -184,14 +177,7 @@ class IterNorm(_WhiteningNorm):
 class DBN(_WhiteningNorm):
     """Decorrelated batch normalization (CVPR 2018): ZCA whitening, W = sigma^(-1/2).
 
-    Args:
-        num_features, group_size, eps, momentum, affine, device, dtype: as IterNorm's.
-
-    Shape:
-        As IterNorm's.
-
-    Raises:
-        ValueError: as IterNorm.
+    Arguments, shapes and errors are those of IterNorm, without `num_iters`.
     """
 
     def __init__(self,
@@ -225,11 +211,9 @@ def inverse_root(sigma: Tensor, smallest: float) -> Tensor:
 class _InverseRoot(Function):
     """sigma (..., d, d) -> its inverse root Y, and the eigenpairs of its root R.
 
-    The gradients through `eigh` contain 1 / (l_i - l_j), which is infinite at
-    equal eigenvalues, such as those of channels that are already white, and
-    large beside them. In Y these terms cancel: it depends on the spaces the
-    eigenvectors span, not on the choice of vectors in them. So its derivative
-    is taken from R R = sigma instead of that of the eigenvectors.
+    The gradients through `eigh` contain 1 / (l_i - l_j), which is infinite at equal eigenvalues,
+    such as those of channels that are already white. In Y these terms cancel: it depends on the
+    spaces that the eigenvectors span. So its derivative is taken from R R = sigma.
     """
 
     @staticmethod
@@ -247,9 +231,8 @@ class _InverseRoot(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Tuple[Tensor, None]:
-        # Y = R^(-1), so dY = -Y dR Y, and dR R + R dR = dsigma. Both maps are
-        # self-adjoint: Z = grad_sigma solves Z R + R Z = -Y grad Y, which is, in
-        # the eigenbasis, Z_ij = -grad_ij / (sqrt(l_i) sqrt(l_j) (sqrt(l_i) + sqrt(l_j))).
+        # Y = R^(-1), so dY = -Y dR Y, and dR R + R dR = dsigma. Both maps are self-adjoint:
+        # Z = grad_sigma solves Z R + R Z = -Y grad Y.
         sigma, y, roots, vectors = ctx.saved_tensors
         return _Sylvester.apply(sigma @ y, -(y @ grad @ y), roots, vectors), None
 
@@ -257,8 +240,7 @@ class _InverseRoot(Function):
 class _Sylvester(Function):
     """Z of Z R + R Z = B, (..., d, d), for symmetric R with these eigenpairs.
 
-    R itself is there for the second derivative, which must not take the way
-    through the eigenvectors either.
+    R itself is there for the second derivative, which avoids the eigenvectors too.
     """
 
     @staticmethod
