@@ -1,4 +1,7 @@
 """Paths and helpers shared by the tests; those of the layers run where torch is alone."""
+import contextlib
+import functools
+import io
 import logging
 import os
 import runpy
@@ -125,25 +128,27 @@ def launcher_env(data):
                 PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
 
 
-@pytest.fixture
-def tool_here(monkeypatch, capsys):
+def run_here(patch, name, *arguments, cwd, env=None):
     """`tool` within this process, which has imported the libraries; that takes others seconds."""
-
-    def run_it(name, *arguments, cwd, env=None):
-        for variable, value in (env or {}).items():
-            monkeypatch.setenv(variable, value)
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        monkeypatch.syspath_prepend(ROOT / 'tools')
-        status = None
+    for variable, value in (env or {}).items():
+        patch.setenv(variable, str(value))
+    patch.chdir(cwd)
+    patch.setattr(sys, 'argv', [name, *map(str, arguments)])
+    patch.syspath_prepend(ROOT / 'tools')
+    out, error, status = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
             runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
         except SystemExit as stop:
             status = stop.code
-        logging.disable(logging.NOTSET)  # some tools silence MMEngine's log
-        out, error = capsys.readouterr()
-        if isinstance(status, str):  # which Python prints on its way out
-            status, error = 1, f'{error}{status}\n'
-        return subprocess.CompletedProcess(name, status or 0, out, error)
+    logging.disable(logging.NOTSET)  # some tools silence MMEngine's log
+    if isinstance(status, str):  # which Python prints on its way out
+        error.write(f'{status}\n')
+        status = 1
+    return subprocess.CompletedProcess(name, status or 0, out.getvalue(), error.getvalue())
 
-    return run_it
+
+@pytest.fixture
+def tool_here(monkeypatch):
+    """`run_here`; variables and the working directory stay until the test ends."""
+    return functools.partial(run_here, monkeypatch)

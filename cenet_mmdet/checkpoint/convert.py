@@ -24,7 +24,7 @@ def named_tensors(checkpoint: Any) -> Dict[str, Tensor]:
     if isinstance(checkpoint, Mapping):
         checkpoint = checkpoint.get('state_dict', checkpoint)
     items = checkpoint.items() if isinstance(checkpoint, Mapping) else ()
-    tensors = {re.sub(r'^module\.', '', str(key)): value for key, value in items
+    tensors = {str(key).removeprefix('module.'): value for key, value in items
                if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError("it holds no tensors. Expected is a state dict, or a dict with one "
@@ -32,14 +32,15 @@ def named_tensors(checkpoint: Any) -> Dict[str, Tensor]:
     return tensors
 
 
-def backbone_entries(entries: Entries) -> Dict[str, Tensor]:
-    """The entries of a backbone alone, under its own names.
+def under(prefix: str, entries: Mapping[str, Any]) -> Dict[str, Any]:
+    """The entries whose names start with a prefix, without it."""
+    return {key[len(prefix):]: value for key, value in entries.items() if key.startswith(prefix)}
 
-    In a whole model they start with `backbone.`; elsewhere they are all but a classifier's.
-    """
-    prefix = 'backbone.'
-    inside = {key[len(prefix):]: value for key, value in entries.items() if key.startswith(prefix)}
-    return inside or {key: value for key, value in entries.items() if not CLASSIFIER.match(key)}
+
+def backbone_entries(entries: Entries) -> Dict[str, Tensor]:
+    """The entries of a backbone alone: `backbone.*` of a whole model, or all but a classifier's."""
+    return under('backbone.', entries) or {key: value for key, value in entries.items()
+                                           if not CLASSIFIER.match(key)}
 
 
 def split_model(entries: Entries) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
@@ -69,26 +70,25 @@ def to_ours(state_dict: Entries) -> Dict[str, Tensor]:
 
 def to_released(state_dict: Entries) -> Dict[str, Tensor]:
     """The entries with our CE layers renamed to the authors'; the inverse of `to_ours`."""
-    theirs = {ours: released for released, ours in RELEASED_KEYS.items()}
-    entries = {}
-    for key, value in state_dict.items():
-        match = CE_LAYER.match(key)
-        layer, name = (match[0], key[match.end():]) if match else (key, '')
-        if name == 'strength':
-            raise CheckpointError(f"{key}: the authors' layer has no identity_start. Convert a "
-                                  'network without it.')
-        if name == 'num_batches_tracked':
-            continue  # the authors' layer counts nothing
-        if name == 'running_mean':
-            groups, size = state_dict[f'{layer}running_whitening'].shape[:2]
-            value = value.reshape(groups, size, 1)
-        entries[layer + theirs.get(name, name)] = value
+    entries = dict(state_dict)
+    for layer in ce_prefixes(entries):
+        if f'{layer}strength' in entries:
+            raise CheckpointError(f"{layer}strength: the authors' layer has no identity_start. "
+                                  'Convert a network without it.')
+        entries.pop(f'{layer}num_batches_tracked', None)  # the authors' layer counts nothing
+        mean = f'{layer}running_mean'
+        if mean in entries:
+            groups, size = entries[f'{layer}running_whitening'].shape[:2]
+            entries[mean] = entries[mean].reshape(groups, size, 1)
+        for released, ours in RELEASED_KEYS.items():
+            if layer + ours in entries:
+                entries[layer + released] = entries.pop(layer + ours)
     return entries
 
 
 def source_of(entries: Entries) -> str:
     """The kind of network that the entries are from, as far as their names tell."""
-    if any(key.startswith('backbone.') for key in entries):
+    if under('backbone.', entries):
         return ('mmpretrain classifier' if 'head.fc.weight' in entries
                 else 'model with a backbone, such as a detector')
     if any(key.endswith('.running_wm') for key in entries):
@@ -104,10 +104,10 @@ def resnet_depth(entries: Entries, arch_settings: Mapping[int, Tuple]) -> int:
     for depth, (block, depth_counts) in arch_settings.items():
         if counts == depth_counts and is_bottleneck == (block.expansion > 1):
             return depth
-    convolutions = 'three convolutions' if is_bottleneck else 'two convolutions'
-    found = f'blocks of {convolutions}, {counts} per stage'
-    raise CheckpointError(f'it is no ResNet of depth {", ".join(map(str, arch_settings))}: '
-                          f'it has {found if counts else "no entry of a block (layer1.0.*)"}.')
+    found = (f'blocks of {"three" if is_bottleneck else "two"} convolutions, {counts} per stage'
+             if counts else 'no entry of a block (layer1.0.*)')
+    raise CheckpointError(f'it is no ResNet of depth {", ".join(map(str, arch_settings))}: it has '
+                          f'{found}.')
 
 
 def first_difference(network: Entries, checkpoint: Entries) -> Optional[str]:
@@ -135,10 +135,9 @@ def check_backbone(network: Entries, backbone: Entries) -> None:
 
 def check_classifier(classifier: Entries, width: int) -> None:
     """Refuse a classifier that is no linear layer on `width` features; there may be none."""
-    if not classifier:
-        return
-    classes = len(next(iter(classifier.values())))
-    linear = nn.Linear(width, classes, device='meta').state_dict()
-    difference = first_difference({f'fc.{key}': linear[key] for key in linear}, classifier)
-    if difference:
-        raise CheckpointError(f'the classifier is not one of this network: {difference}.')
+    if classifier:
+        classes = len(next(iter(classifier.values())))
+        linear = nn.ModuleDict(dict(fc=nn.Linear(width, classes, device='meta')))
+        difference = first_difference(linear.state_dict(), classifier)
+        if difference:
+            raise CheckpointError(f'the classifier is not one of this network: {difference}.')

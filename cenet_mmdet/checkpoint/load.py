@@ -5,21 +5,20 @@ import re
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, ContextManager, List, Mapping, Optional
 
 import torch
-from torch import Tensor
 
 from ..utils.errors import first_line
 from ..utils.files import PathLike
-from .convert import CheckpointError, named_tensors
+from .convert import CheckpointError
 
 # What the checkpoints of MMEngine's runs hold beside tensors and plain Python, in the releases of
 # numpy that have it.
 MMENGINE_OBJECTS = (
     'mmengine.logging.history_buffer:HistoryBuffer', 'numpy:ndarray', 'numpy:dtype',
-    'numpy._core.multiarray:_reconstruct', 'numpy._core.multiarray:scalar',
-    'numpy.core.multiarray:_reconstruct', 'numpy.core.multiarray:scalar',
+    *(f'numpy.{core}.multiarray:{name}' for core in ('_core', 'core')
+      for name in ('_reconstruct', 'scalar')),
     *(f'numpy.dtypes:{name}DType'
       for name in ('Float64', 'Float32', 'Int64', 'Int32', 'UInt8', 'Bool', 'Str')),
 )
@@ -61,20 +60,11 @@ def load_if_safe(path: PathLike) -> Optional[Mapping]:
     return checkpoint
 
 
-def load_tensors(path: PathLike) -> Dict[str, Tensor]:
-    """The `named_tensors` of a file; raises as `load` does, or where there are no tensors."""
-    checkpoint = load(path)
-    try:
-        return named_tensors(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f'no weights in {path}: {error}') from None
-
-
-def _allowed_objects():
+def _allowed_objects() -> ContextManager:
     if not CAN_ALLOW:
         return nullcontext()
     # A HistoryBuffer refers to its own methods.
-    found = [(_history_buffer_method, 'builtins.getattr')]
+    found: List[Any] = [(_history_buffer_method, 'builtins.getattr')]
     for name in MMENGINE_OBJECTS:
         try:
             found.append((pkgutil.resolve_name(name), name.replace(':', '.')))

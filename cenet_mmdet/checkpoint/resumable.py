@@ -25,7 +25,11 @@ def check_resumable(path: PathLike) -> None:
     try:
         checkpoint = load_if_safe(path)
     except CheckpointError as error:
-        intact = filter(_is_intact, Path(path).parent.glob('*.pth'))
+        intact = []
+        for other in Path(path).parent.glob('*.pth'):
+            with suppress(CheckpointError):
+                load_if_safe(other)
+                intact.append(other)
         newest = max(intact, key=os.path.getmtime, default=None)
         advice = f' Or resume from an intact one: --resume {newest}' if newest else ''
         raise InputError(f'cannot resume: {error}{advice}') from error
@@ -35,10 +39,3 @@ def check_resumable(path: PathLike) -> None:
         raise InputError(f'cannot resume: {path} has no {", ".join(lacking)}. To start a new run '
                          f'from its weights, pass --cfg-options load_from={path} instead of '
                          '--resume.')
-
-
-def _is_intact(path: Path) -> bool:
-    with suppress(CheckpointError):
-        load_if_safe(path)
-        return True
-    return False

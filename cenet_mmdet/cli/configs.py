@@ -1,7 +1,8 @@
 """The shipped configs: list them, find one, copy one with its base configs."""
-import contextlib
 import re
 import shutil
+from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import List
 
@@ -10,7 +11,7 @@ from ..utils.files import replacing
 from ..utils.resources import config_path, configs_dir
 
 
-def run_list(arguments) -> int:
+def run_list(_: Namespace) -> int:
     """List the shipped configs, each with the first sentence of its comment.
     The other commands take these names.
 
@@ -24,7 +25,7 @@ def run_list(arguments) -> int:
     return 0
 
 
-def run_copy(arguments) -> int:
+def run_copy(arguments: Namespace) -> int:
     """Copy a shipped config and its base configs into a folder, to edit them there.
 
     Either all files are written or none. A file that exists and differs is not replaced.
@@ -39,7 +40,7 @@ def run_copy(arguments) -> int:
                              'Give another folder with --to, or move that file away.')
     missing = {path: target for path, target in copies.items() if not target.exists()}
     try:
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             for path, target in missing.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, stack.enter_context(replacing(target)))

@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ LAYERS = ('CE', 'SyncCE', 'CEBN', 'CESyncBN', 'CEGN', 'CEIN', 'IterNorm', 'DBN',
           'CEMobileNetV2')
 
 
-def run(arguments) -> int:
+def run(arguments: Namespace) -> int:
     """Check whether a config can be trained here, and show how to fix known problems.
 
     Nothing is changed. The exit status is 0 if training can start, else 1.
@@ -84,7 +85,7 @@ def _import_error(module: str) -> str:
     return (child.stderr.strip() or 'crash').splitlines()[-1] if child.returncode else ''
 
 
-def _error(check: Callable, *arguments) -> str:
+def _error(check: Callable, *arguments: Path) -> str:
     try:
         return check(*arguments) or ''
     except Exception as error:
@@ -107,7 +108,6 @@ def _find_layers() -> str:
 
 
 def _find_files(config: Path) -> str:
-    from mmengine.config import Config
-
     from ..engine.job import job_problems
-    return '\n  '.join(job_problems(Config.fromfile(str(config))))
+    from ..models.build import load_config
+    return '\n  '.join(job_problems(load_config(config)))

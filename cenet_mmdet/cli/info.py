@@ -1,5 +1,6 @@
 """Shows what CE layers a checkpoint holds."""
 import re
+from argparse import Namespace
 from typing import Dict, List
 
 from ..utils.errors import InputError, first_line
@@ -11,7 +12,7 @@ HEADER = ('layer', 'channels', 'group size', 'lambda', 'branches', 'statistics')
 CE_LAYER = re.compile(r'(.*\.|)reweighting\.3\.weight|((?:.*\.|)ce1?\.)running_whitening')
 
 
-def run(arguments) -> int:
+def run(arguments: Namespace) -> int:
     """Show the CE layers of a checkpoint, and its entries with inf or NaN.
 
     Code that the file may hold is not run.
@@ -19,12 +20,16 @@ def run(arguments) -> int:
         cenet-mmdet info work_dirs/mask_rcnn_ce_r50/epoch_24.pth
     """
     try:
-        from ..checkpoint.convert import to_ours
-        from ..checkpoint.load import load_tensors
+        from ..checkpoint.convert import CheckpointError, named_tensors, to_ours
+        from ..checkpoint.load import load
     except Exception as error:  # a broken torch raises more than ImportError
         raise InputError(f'info needs torch ({first_line(error)}). `cenet-mmdet doctor` shows how '
                          'to install it.') from error
-    entries = to_ours(load_tensors(arguments.checkpoint))
+    checkpoint = load(arguments.checkpoint)
+    try:
+        entries = to_ours(named_tensors(checkpoint))
+    except CheckpointError as error:
+        raise InputError(f'no weights in {arguments.checkpoint}: {error}') from None
     matches = filter(None, map(CE_LAYER.fullmatch, entries))
     prefixes = dict.fromkeys(match[1] or match[2] or '' for match in matches)
     print(f'{arguments.checkpoint}: {len(entries)} entries, {len(prefixes)} CE layers\n')

@@ -1,5 +1,6 @@
 """CIFAR-10 for mmpretrain, with corrupted labels (Figure 4b of the paper)."""
 from pathlib import Path
+from typing import Any, Dict, List
 
 from mmpretrain.datasets import CIFAR10
 from mmpretrain.registry import DATASETS
@@ -16,7 +17,7 @@ class CorruptedCIFAR10(CIFAR10):
         corrupted: share of the images, in [0, 1]; see `corrupt_labels`.
         seed: of the draw.
         check_md5: False reads batches that are not the original's, such as images that
-            were JPEGs on the way. mmpretrain refuses them by their checksums.
+            were JPEGs on the way.
         **kwargs: those of CIFAR10.
 
     Raises:
@@ -25,7 +26,7 @@ class CorruptedCIFAR10(CIFAR10):
     """
 
     def __init__(self, corrupted: float = 0., seed: int = 0, check_md5: bool = True,
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         self.corrupted = corrupted
         self.seed = seed
         self.check_md5 = check_md5
@@ -40,7 +41,7 @@ class CorruptedCIFAR10(CIFAR10):
                              'Set check_md5=False to use it nevertheless')
         return True
 
-    def load_data_list(self):
+    def load_data_list(self) -> List[Dict]:
         images = super().load_data_list()
         labels = corrupt_labels([image['gt_label'] for image in images], self.corrupted,
                                 self.seed, len(self.CLASSES))

@@ -15,8 +15,8 @@ def corrupt_labels(labels: Sequence[int], share: float, seed: int, num_classes: 
     """
     if not 0 <= share <= 1:
         raise ValueError(f'the share of corrupted labels must be in [0, 1], got {share!r}')
-    labels = np.array(labels)
+    corrupted = np.array(labels)
     random = np.random.default_rng(seed)
     chosen = random.permutation(len(labels))[:round(share * len(labels))]
-    labels[chosen] = random.integers(num_classes, size=len(labels))[chosen]
-    return labels
+    corrupted[chosen] = random.integers(num_classes, size=len(labels))[chosen]
+    return corrupted

@@ -1,7 +1,7 @@
 """Run a model on an example, and compare its outputs with those of another."""
 import copy
 import math
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,25 +43,11 @@ def deviation(ours: List[Tensor], expected: List[Tensor]) -> float:
     return largest
 
 
-def first_difference(model: nn.Module, folded: nn.Module, example: Any, inside: Set[str],
-                     tolerance: float) -> Optional[Tuple[str, float]]:
-    """The first module without submodules whose outputs deviate: its name, and by how much.
-
-    Modules named in `inside` are passed over. Hooks are left on both models.
-    """
-    expected, found = _outputs(model, example), _outputs(folded, example)
-    for name, outputs in expected.items():
-        difference = 0. if name in inside else deviation(found.get(name, outputs), outputs)
-        if not difference <= tolerance:
-            return name, difference
-    return None
-
-
-def _outputs(model: nn.Module, example: Any) -> Dict[str, List[Tensor]]:
-    """Outputs of all calls of modules without submodules, in the order of their first calls."""
-    outputs = {}
+def outputs_by_module(model: nn.Module, example: Any) -> Dict[str, List[Tensor]]:
+    """Outputs of the modules without submodules, in all calls; their hooks stay on the model."""
+    outputs: Dict[str, List[Tensor]] = {}
     for name, module in model.named_modules():
-        if next(module.children(), None) is None:
+        if not module._modules:
             module.register_forward_hook(lambda _, inputs, output, name=name: outputs.setdefault(
                 name, []).extend(tensor.clone() for tensor in tensors(output)))
     run(model, example)

@@ -16,7 +16,7 @@ so that x, which has four times the channels of u in a bottleneck, is never made
 """
 import copy
 import math
-from typing import Iterator, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ PIXELS_PER_CHANNEL = 1.3
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, norm: nn.Module, ce: Optional[CE]) -> nn.Module:
-    """A module that computes ce(norm(layer(u))), or norm(layer(u)) without CE, in evaluation mode.
+def fold(layer: Any, norm: Any, ce: Optional[CE]) -> nn.Module:
+    """A layer, or else a `CEConv2d`, that computes ce(norm(layer(u))) in evaluation mode.
 
-    `layer` is a convolution, not transposed, or a linear layer, and `norm` a batch norm with
-    running statistics. The result is such a layer, too, if possible, else a `CEConv2d`.
+    `layer` is a convolution, not transposed, or a linear layer; `norm` a batch norm with running
+    statistics; `ce` may be None.
     """
     dtype = layer.weight.dtype
     layer, norm = (copy.deepcopy(module).double().eval() for module in (layer, norm))
@@ -63,11 +63,13 @@ class CEConv2d(nn.Module):
         - Output: (N, C, H_out, W_out), in the input's type and memory format where the
           convolution is 1x1; variances and the algebra on them are float32 or float64.
     """
+    bd_weight: Tensor
+    bd_bias: Tensor
 
     @torch.no_grad()
-    def __init__(self, conv: nn.Module, ce: CE) -> None:
+    def __init__(self, conv: Any, ce: CE) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv: Any = conv
         self.ce = ce
         # whether it is a matrix product at every pixel
         self.is_pointwise = not isinstance(conv, nn.Linear) and (
@@ -96,8 +98,8 @@ class CEConv2d(nn.Module):
         covariance = scatter / safe_count(maps.shape[-1] - 1)  # S_n
         # v_n = diag(W2 S_n W2^T), (N, C); rounding may leave it below 0
         variance = ((weight @ covariance) * weight).sum(-1).clamp(min=0)
-        weights = self.ce.reweighting(variance) / self.ce.running_scale.to(dtype)  # w_n, eq. 8
-        weights = self.ir_share * weights
+        # a w_n, eq. 8
+        weights = self.ir_share * self.ce.weights(variance, self.ce.running_scale.to(dtype))
         matrix = torch.addcmul(self.bd_weight.to(dtype), weights.unsqueeze(-1), weight)  # M_n
         shift = torch.addcmul(self.bd_bias.to(dtype), weights, bias)  # c_n
         matrix, shift = matrix.to(u.dtype), shift.to(u.dtype)
@@ -125,7 +127,7 @@ def _operator_parts(ce: CE) -> Tuple[Tensor, float]:
     return matrix, strength * (1 - ratio)
 
 
-def _multiplied(matrix: Tensor, layer: nn.Module) -> Iterator[Tensor]:
+def _multiplied(matrix: Tensor, layer: Any) -> Iterator[Tensor]:
     """A W2 and A b2 for A (G, d, d), in the shapes of the layer's weights and bias."""
     for parameter in (layer.weight, layer.bias):
         grouped = parameter.double().reshape(*matrix.shape[:2], -1)

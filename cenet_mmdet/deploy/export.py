@@ -20,10 +20,6 @@ class DensePart(nn.Module):
 
     Args:
         model: an MMDetection detector or MMPretrain classifier, or a backbone alone.
-
-    Shape:
-        - Input: preprocessed images, (N, 3, H, W).
-        - Output: a tuple of the tensors that `outputs` names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +31,7 @@ class DensePart(nn.Module):
         self.head = next(filter(None, heads), None)
 
     def outputs(self, images: Tensor) -> Dict[str, Tensor]:
-        """Outputs of forward by name: feature0 (the largest map), feature1 ..., head0, head1 ..."""
+        """Outputs for images (N, 3, H, W): feature0 (the largest map), feature1 ..., head0 ..."""
         features = self.neck(self.backbone(images))
         found = {'feature': features, 'head': () if self.head is None else self.head(features)}
         return {f'{kind}{index}': output for kind in found
@@ -48,12 +44,10 @@ class DensePart(nn.Module):
 def export_onnx(model: nn.Module, path: PathLike, images: Tensor) -> List[str]:
     """Write the dense part of a model as ONNX, and return the names of its outputs.
 
-    Height and width stay variable.
-
     Args:
         model: folded by `fuse_ce` or not, in evaluation mode, on the CPU.
         path: of the file to be written.
-        images: an example, (N, 3, H, W) with H and W multiples of 32; N is fixed by it.
+        images: an example, (N, 3, H, W). H and W, multiples of 32, stay variable; N is fixed.
 
     Raises:
         InputError: H or W is no multiple of 32, torch is older than 2.7, or a package is missing.
@@ -68,12 +62,13 @@ def export_onnx(model: nn.Module, path: PathLike, images: Tensor) -> List[str]:
     if not CAN_EXPORT:
         raise InputError(f'ONNX export needs torch 2.7 or newer, this is {torch.__version__}')
     dense = DensePart(model)
-    height, width = (STRIDE * torch.export.Dim(name, min=2, max=256) for name in 'hw')
+    sizes = {dim: STRIDE * torch.export.Dim(name, min=2, max=256)
+             for dim, name in ((2, 'h'), (3, 'w'))}
     with torch.no_grad():
         names = list(dense.outputs(images))
         program = torch.onnx.export(
             dense, (images, ), dynamo=True, input_names=['images'], output_names=names,
-            verbose=False, dynamic_shapes={'images': {2: height, 3: width}})
+            verbose=False, dynamic_shapes={'images': sizes})
     with replacing(path) as partial:
         program.save(str(partial))
     return names

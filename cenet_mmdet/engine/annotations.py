@@ -1,14 +1,14 @@
 """What an annotation file in COCO's format may have wrong that shows late, or never.
 
-One of COCO's size takes half a minute to parse. So it is searched for what matters first, which
-takes about a second, and parsed only if that finds something suspicious.
+Parsing one of COCO's size takes half a minute. So it is searched first, which takes a second, and
+parsed only if something is suspicious.
 """
 import difflib
 import json
 import mmap
 import re
 from functools import cached_property
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from ..utils.files import PathLike
 
@@ -50,19 +50,20 @@ class AnnotationFile:
     def problems(self, classes: Sequence[str], with_masks: bool) -> Iterator[str]:
         """What would go wrong in a data set that was built, with labels in the order of classes."""
         yield from self._class_problems(classes)
-        fields = ('iscrowd', 'segmentation') if with_masks else ('iscrowd', )
+        fields = ['iscrowd'] + ['segmentation'] * with_masks
         with self._bytes() as text:
             counts = {len(re.findall(rb'"%s"\s*:' % name.encode(), text))
-                      for name in ('image_id', *fields)}
+                      for name in ['image_id', *fields]}
         if len(counts) > 1:
             yield from missing_fields('annotations', self._content['annotations'], fields)
 
-    def build_problems(self, classes: Sequence[str]) -> Iterator[str]:
-        """What keeps a data set from being built, a text for each."""
-        yield from self._class_problems(classes)
-        yield from missing_fields('images', self._content['images'],
-                                  ('file_name', 'height', 'width'))
-        yield from missing_fields('annotations', self._content['annotations'], ('bbox', 'area'))
+    def build_problems(self, classes: Optional[Sequence[str]]) -> Iterator[str]:
+        """What keeps a data set of these classes, or of all, from being built; a text for each."""
+        if classes:
+            yield from self._class_problems(classes)
+        for kind, fields in (('images', ['file_name', 'height', 'width']),
+                             ('annotations', ['bbox', 'area'])):
+            yield from missing_fields(kind, self._content[kind], fields)
 
     def _class_problems(self, classes: Sequence[str]) -> Iterator[str]:
         if isinstance(classes, str):

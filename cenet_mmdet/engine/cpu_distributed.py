@@ -19,11 +19,11 @@ from torch import nn
 
 @contextmanager
 def process_group(cfg: Config) -> Iterator[None]:
-    """Inside, MMEngine's Runner finds what `cfg.launcher` needs; afterwards the group is gone.
+    """Inside, MMEngine's Runner finds what `cfg.launcher` needs, also without a GPU.
 
-    Without a GPU, the group and the model wrapper are ones for CPUs. gloo's threads need the
-    interpreter for a while after a collective, and abort the process if it shuts down meanwhile. So
-    they are joined here, for which no Runner and no exception's frames may refer to the group.
+    gloo's threads need the interpreter for a while after a collective, and abort the process if it
+    shuts down meanwhile. So the group is destroyed at the end, which joins them. Neither a Runner
+    nor an exception's frames may refer to the group then.
     """
     try:
         if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':

@@ -2,7 +2,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Tuple
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
@@ -19,42 +19,46 @@ class DataCheckHook(Hook):
 
         custom_hooks = [dict(type='DataCheckHook')]
 
-    It looks at what the runner has built: data sets in COCO's format, also inside wrappers
-    (classes, fields, images, sizes of 50 images), MMDetection's CocoMetric (whether its annotation
-    file is the data set's), and the checkpoints that `init_cfg` and `load_from` name. An InputError
-    has a line for each problem. docs/limits.md lists what the hook does not look at.
+    It looks at data sets in COCO's format, also inside wrappers, at the annotation file of
+    MMDetection's CocoMetric, and at the checkpoints that `init_cfg` and `load_from` name;
+    docs/limits.md has a list. An InputError has a line for each problem.
     """
     priority = 'VERY_HIGH'
 
-    def before_run(self, runner) -> None:
-        _refuse(lambda: weight_problems(runner.model, runner.cfg))
+    def before_run(self, runner: Any) -> None:
+        _check(lambda: weight_problems(runner.model, runner.cfg))
 
-    def before_train(self, runner) -> None:
-        _refuse(lambda: [*split_problems('train', runner.train_dataloader.dataset),
-                         *_loop_problems('val', runner.val_loop)])
+    def before_train(self, runner: Any) -> None:
+        _check(lambda: [*split_problems('train', runner.train_dataloader.dataset),
+                        *_loop_problems('val', runner.val_loop)])
 
-    def before_val(self, runner) -> None:
+    def before_val(self, runner: Any) -> None:
         if runner.train_loop is None:
-            _refuse(lambda: _loop_problems('val', runner.val_loop))
+            _check(lambda: _loop_problems('val', runner.val_loop))
 
-    def before_test(self, runner) -> None:
-        _refuse(lambda: _loop_problems('test', runner.test_loop))
+    def before_test(self, runner: Any) -> None:
+        _check(lambda: _loop_problems('test', runner.test_loop))
 
 
-def _refuse(find_problems: Callable[[], Iterable[str]]) -> None:
-    """Raise an InputError on all ranks if the main process finds a problem."""
-    found = [list(dict.fromkeys(find_problems())) if is_main_process() else None]
+def refuse(problems: Sequence[str]) -> None:
+    """Raise an InputError with a line for each problem, if there are any."""
+    if problems:
+        raise InputError('\n'.join(f'- {problem}' for problem in problems))
+
+
+def _check(find_problems: Callable[[], Iterable[str]]) -> None:
+    """Refuse, on all ranks, the problems that the main process finds."""
+    found = [list(dict.fromkeys(find_problems())) if is_main_process() else []]
     broadcast_object_list(found)
-    if found[0]:
-        raise InputError('\n'.join(f'- {problem}' for problem in found[0]))
+    refuse(found[0])
 
 
-def _loop_problems(split: str, loop) -> Iterator[str]:
+def _loop_problems(split: str, loop: Any) -> Iterator[str]:
     if loop is not None:
         yield from split_problems(split, loop.dataloader.dataset, loop.evaluator.metrics)
 
 
-def split_problems(split: str, dataset, metrics: Sequence = ()) -> Iterator[str]:
+def split_problems(split: str, dataset: Any, metrics: Sequence = ()) -> Iterator[str]:
     """What is wrong with a built data set, or those in a wrapper, and with the metrics on it."""
     if find_spec('mmdet') is None:
         return  # only its data sets and metrics are looked at
@@ -74,7 +78,7 @@ def leaves(dataset: Any) -> Iterator:
             yield from leaves(wrapped)
 
 
-def dataset_problems(name: str, dataset) -> Iterator[str]:
+def dataset_problems(name: str, dataset: Any) -> Iterator[str]:
     """What is wrong with a built data set; those of other formats than COCO's are left alone."""
     from mmdet.datasets import CocoDataset
 
@@ -87,7 +91,7 @@ def dataset_problems(name: str, dataset) -> Iterator[str]:
     yield from (f'{name}, {file.path}: {problem}.' for problem in problems if problem)
 
 
-def _missing_images(file: AnnotationFile, dataset) -> Optional[str]:
+def _missing_images(file: AnnotationFile, dataset: Any) -> Optional[str]:
     folder = dataset.data_prefix.get('img') or ''
     if '://' in folder or all(os.path.exists(os.path.join(folder, name))
                               for name in file.file_names):
@@ -99,7 +103,7 @@ def _missing_images(file: AnnotationFile, dataset) -> Optional[str]:
             'Put them there, or correct data_root and data_prefix') if missing else None
 
 
-def _wrong_sizes(dataset) -> Optional[str]:
+def _wrong_sizes(dataset: Any) -> Optional[str]:
     """Compares the sizes in the file with the pictures, as they are loaded, of about 50 images."""
     from mmcv.transforms import LoadImageFromFile
 
@@ -117,7 +121,7 @@ def _wrong_sizes(dataset) -> Optional[str]:
             'be stored rotated (EXIF): write them upright, or correct the file') if wrong else None
 
 
-def evaluator_problems(name: str, metric, dataset) -> Iterator[str]:
+def evaluator_problems(name: str, metric: Any, dataset: Any) -> Iterator[str]:
     """Whether a CocoMetric lacks fields, or compares the data set's images with those of others."""
     from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
@@ -133,25 +137,21 @@ def evaluator_problems(name: str, metric, dataset) -> Iterator[str]:
     names = {image_id: image['file_name'] for image_id, image in coco.imgs.items()}
     other = [info['img_path'] for info in infos
              if Path(folder, names.get(info['img_id'], '')) != Path(info['img_path'])]
+    fix = f'Give it ann_file={dataset.ann_file!r}.'
     if other:
         yield (f'{name}: its ann_file has other images than {dataset.ann_file}, so detections are '
                f'compared with objects of other pictures: {len(other)} of {len(dataset)}, such as '
-               f'{examples(other)}. Give it ann_file={dataset.ann_file!r}.')
+               f'{examples(other)}. {fix}')
         return
     # Two splits may name their pictures alike. Objects that somebody annotated anew are no error.
     annotated = [info for info in infos if info['instances']]
     other = [info['img_path'] for info in annotated
-             if _boxes(info).isdisjoint(map(_corners, coco.imgToAnns[info['img_id']]))]
+             if {tuple(instance['bbox']) for instance in info['instances']}.isdisjoint(
+                 _corners(*annotation['bbox']) for annotation in coco.imgToAnns[info['img_id']])]
     if 2 * len(other) > len(annotated):
         yield (f'{name}: its ann_file has other objects than {dataset.ann_file}: in {len(other)} '
-               f'of {len(annotated)} images no box is the same, such as {examples(other)}. Give '
-               f'it ann_file={dataset.ann_file!r}.')
+               f'of {len(annotated)} images no box is the same, such as {examples(other)}. {fix}')
 
 
-def _boxes(info: Dict) -> Set[Tuple]:
-    return {tuple(instance['bbox']) for instance in info['instances']}
-
-
-def _corners(annotation: Dict) -> Tuple:
-    x, y, width, height = annotation['bbox']
+def _corners(x: float, y: float, width: float, height: float) -> Tuple[float, ...]:
     return x, y, x + width, y + height  # as CocoDataset computes them

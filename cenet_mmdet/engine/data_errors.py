@@ -1,13 +1,13 @@
 """Errors of data sets that cannot be built, in words that name the file and the fix."""
 import os
 from contextlib import contextmanager
-from typing import Dict, Iterator, List
+from typing import Any, Iterator, List
 
 from mmengine.config import Config
 
 from ..utils.errors import InputError
 from .annotations import AnnotationFile
-from .data_check_hook import leaves
+from .data_check_hook import leaves, refuse
 
 
 @contextmanager
@@ -17,11 +17,9 @@ def explain_data_errors(cfg: Config) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        problems = data_problems(cfg)
-        if not problems:
-            raise
-        raise InputError('\n'.join(f'- {problem}' for problem in problems)) from error
+    except (OSError, KeyError, RuntimeError, ValueError):
+        refuse(data_problems(cfg))
+        raise
 
 
 def data_problems(cfg: Config) -> List[str]:
@@ -39,7 +37,7 @@ def data_problems(cfg: Config) -> List[str]:
     return list(dict.fromkeys(problems))
 
 
-def _dataset_problems(dataset: Dict, cfg: Config) -> Iterator[str]:
+def _dataset_problems(dataset: Any, cfg: Config) -> Iterator[str]:
     root, ann_file = (dataset.get(name) or '' for name in ('data_root', 'ann_file'))
     prefixes = dataset.get('data_prefix') or {}
     folders = [prefixes] if isinstance(prefixes, str) else prefixes.values()
@@ -49,10 +47,9 @@ def _dataset_problems(dataset: Dict, cfg: Config) -> Iterator[str]:
     missing = list(_not_found(paths, cfg))
     yield from missing
     if not missing and os.path.isfile(paths[0]) and ann_file.endswith('.json'):
-        file = AnnotationFile(paths[0])
-        classes = (dataset.get('metainfo') or {}).get('classes') or [
-            category['name'] for category in file.categories]
-        yield from (f'{file.path}: {problem}.' for problem in file.build_problems(classes))
+        problems = AnnotationFile(paths[0]).build_problems(
+            (dataset.get('metainfo') or {}).get('classes'))
+        yield from (f'{paths[0]}: {problem}.' for problem in problems)
 
 
 def _not_found(paths: List[str], cfg: Config) -> Iterator[str]:

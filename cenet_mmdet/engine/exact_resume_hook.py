@@ -1,5 +1,6 @@
 """Interrupted training that, resumed, ends as if it had not been interrupted."""
 from functools import partial
+from typing import Any, Dict
 
 import numpy as np
 from mmengine.dataset.utils import worker_init_fn
@@ -21,11 +22,11 @@ class ExactResumeHook(Hook):
     epochs with a checkpoint at the end of an epoch.
 
     Raises:
-        ValueError: if data workers outlive the epoch, for they cannot be seeded.
-        CheckpointError: on resuming from weights of other names or shapes.
+        ValueError: data workers outlive the epoch, so they cannot be seeded.
+        CheckpointError: a run is resumed from weights of other names or shapes.
     """
 
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Any, checkpoint: Dict) -> None:
         if runner.cfg.get('resume'):
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             difference = first_difference(model.state_dict(), checkpoint['state_dict'])
@@ -35,7 +36,7 @@ class ExactResumeHook(Hook):
                     'a new run from its weights, pass --cfg-options load_from=FILE instead of '
                     '--resume.')
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Any) -> None:
         loader = runner.train_dataloader
         if loader.persistent_workers:
             raise ValueError('ExactResumeHook needs data workers that start anew with each epoch: '
@@ -45,7 +46,7 @@ class ExactResumeHook(Hook):
         broadcast_object_list(seed)
         self.seed = loader.sampler.seed = seed[0]
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Any) -> None:
         rank, loader = get_rank(), runner.train_dataloader
         sequence = np.random.SeedSequence((self.seed, runner.epoch, rank))
         seed = int(sequence.generate_state(1)[0]) // 2  # leaves room for the worker's number

@@ -1,12 +1,12 @@
 """Whether the weights that a run starts from arrive in its model."""
 from importlib.util import find_spec
-from typing import Iterator, List, Mapping, Optional
+from typing import Any, Iterator, List, Mapping, Optional
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..checkpoint.convert import backbone_entries, to_ours
+from ..checkpoint.convert import backbone_entries, to_ours, under
 from ..checkpoint.load import CheckpointError, load_if_safe
 from ..models.ce_network import CENetwork
 from ..utils.files import PathLike
@@ -18,14 +18,14 @@ def check_checkpoint(path: PathLike) -> None:
     load_if_safe(path)
 
 
-def weight_problems(model: nn.Module, cfg: Config) -> List[str]:
+def weight_problems(model: Any, cfg: Config) -> List[str]:
     """What is wrong with the checkpoints that `init_cfg` and `load_from` name, a text for each."""
     if cfg.get('resume'):
         return []
     model = model.module if is_model_wrapper(model) else model
     if cfg.get('load_from'):
         return list(_problems('load_from', model, cfg.load_from, None, cfg))
-    problems = []
+    problems: List[str] = []
     for name, module in model.named_modules():
         init_cfg = getattr(module, 'init_cfg', None)
         for entry in init_cfg if isinstance(init_cfg, list) else [init_cfg or {}]:
@@ -37,7 +37,6 @@ def weight_problems(model: nn.Module, cfg: Config) -> List[str]:
 
 def _problems(where: str, module: nn.Module, path: str, prefix: Optional[str],
               cfg: Config) -> Iterator[str]:
-    """What is wrong with loading a checkpoint into a module."""
     variables = [name for name, value in cfg.env_variables.items() if value == path]
     origin = f' It is the value of {" and ".join(variables)}.' if variables else ''
     if path.startswith('torchvision://') and not find_spec('torchvision'):
@@ -52,8 +51,7 @@ def _problems(where: str, module: nn.Module, path: str, prefix: Optional[str],
         return
     entries = content.get('state_dict', content)
     start = prefix.rstrip('.') + '.' if prefix else 'module.'
-    found = {key[len(start):] if key.startswith(start) else key: value
-             for key, value in entries.items()
+    found = {key.removeprefix(start): value for key, value in entries.items()
              if hasattr(value, 'shape') and (not prefix or key.startswith(start))}
     if isinstance(module, CENetwork):
         found = backbone_entries(to_ours(found))
@@ -73,9 +71,9 @@ def _advice(expected: Mapping, entries: Mapping) -> str:
                     f"torch.load(FILE)[{key!r}], 'weights.pth')")
     # Other trainers, parallel training and torch.compile put prefixes before the names.
     for prefix in ('model.', 'module.', '_orig_mod.', 'encoder_q.', 'backbone.'):
-        if {key[len(prefix):] for key in entries if key.startswith(prefix)} & set(expected):
+        if expected.keys() & under(prefix, entries):
             return f'Without the prefix {prefix!r} they fit: add prefix={prefix!r} to init_cfg.'
-        if {prefix + key for key in entries} & set(expected):
+        if entries.keys() & under(prefix, expected):
             return (f'With the prefix {prefix!r} they fit: load them by model.{prefix}init_cfg='
                     "dict(type='Pretrained', checkpoint=FILE) instead.")
     return 'Give the checkpoint of a network of this kind.'

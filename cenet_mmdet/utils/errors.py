@@ -5,10 +5,7 @@ from typing import Iterator
 
 
 class InputError(ValueError):
-    """What the user gave is not what was expected.
-
-    The message names the thing, what was expected, and the fix.
-    """
+    """What the user gave is not what was expected; the message names the fix."""
 
 
 @contextmanager

@@ -12,8 +12,7 @@ PathLike = Union[str, os.PathLike]
 def replacing(path: PathLike) -> Iterator[Path]:
     """A path to write a file or a new folder to, which takes the place of `path` at the end.
 
-    It lies beside `path`, with the same suffix. After an exception it is deleted, and what was at
-    `path` stays as it was.
+    It has the same suffix. After an exception it is deleted, and `path` stays as it was.
     """
     path = Path(path)
     partial = path.with_name(f'.{path.stem}.{os.getpid()}.partial{path.suffix}')

@@ -18,8 +18,8 @@ def config_path(name: str) -> str:
 
         _base_ = __import__('cenet_mmdet').config_path('mask_rcnn_ce_r50.py')
 
-    For an unknown name, such as 'ce_resnet50.py' for 'imagenet/ce_resnet50.py', the message of the
-    FileNotFoundError has the nearest names.
+    Raises:
+        FileNotFoundError: there is no such config; the message has the nearest names.
     """
     folder = configs_dir()
     names = [path.relative_to(folder).as_posix() for path in folder.rglob('*.py')]

@@ -2,12 +2,11 @@
 import io
 import logging
 import re
-import sys
+import resource
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, tool
 from helpers.networks import SLIM, images, released_entries, trained
 from mmdet.models.backbones.resnet import ResNet
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -57,8 +56,8 @@ def features(backbone):
     return backbone(images())
 
 
-def pretrained(depth, path, **options):
-    backbone = CEResNet(depth, init_cfg=dict(type='Pretrained', checkpoint=str(path)), **options)
+def pretrained(path, **options):
+    backbone = CEResNet(50, init_cfg=dict(type='Pretrained', checkpoint=str(path)), **options)
     backbone.init_weights()
     return backbone
 
@@ -86,29 +85,27 @@ def convert(tool_here, tmp_path):
     return run_it
 
 
-class TestNames:
-
-    @pytest.mark.parametrize('options', [dict(depth=18), dict(depth=50), dict(
-        depth=50, deep_stem=True)], ids=str)
-    def test_ours_to_released_and_back(self, options):
-        backbone = trained(CEResNet(**options, **SLIM))
-        released = to_released(backbone.state_dict())
-        assert_same(released, released_entries(backbone))
-        ours = to_ours(released)
-        assert_same(ours, backbone.state_dict())
-        assert_same(to_ours(ours), ours)
+@pytest.mark.parametrize('options', [dict(depth=18), dict(depth=50),
+                                     dict(depth=50, deep_stem=True)], ids=str)
+def test_ours_to_released_and_back(options):
+    backbone = trained(CEResNet(**options, **SLIM))
+    released = to_released(backbone.state_dict())
+    assert_same(released, released_entries(backbone))
+    ours = to_ours(released)
+    assert_same(ours, backbone.state_dict())
+    assert_same(to_ours(ours), ours)
 
 
 class TestConversion:
 
     def test_released_resnet_50_there_and_back(self, tool_here, tmp_path):
-        """As users type it: same bits at the end, same features in between."""
+        """Same bits at the end, same features in between."""
         source = trained(CEResNet(50))
         entries = {**released_entries(source), **classifier(2048, 1000)}
         assert len(entries) == 432
         released_file(entries, tmp_path / 'resnet50_ce.pth.tar')
 
-        out = tool(TOOL, 'resnet50_ce.pth.tar', 'ours.pth', cwd=tmp_path).stdout
+        out = tool_here(TOOL, 'resnet50_ce.pth.tar', 'ours.pth', cwd=tmp_path).stdout
         assert "recognised: authors' CE-ResNet, depth 50, classifier of 1000 classes" in out
         assert 'CE layers: 14' in out
         assert 'written: ours.pth, 446 entries' in out
@@ -117,7 +114,7 @@ class TestConversion:
         assert 'CEResNet' in note
         assert ours['meta'] == dict(format_version=1, depth=50, ce_layers=14,
                                     source="authors' CE-ResNet", source_file='resnet50_ce.pth.tar')
-        loaded = pretrained(50, tmp_path / 'ours.pth', ce_cfg=dict(freeze='all'))
+        loaded = pretrained(tmp_path / 'ours.pth', ce_cfg=dict(freeze='all'))
         assert all(map(torch.equal, features(loaded), features(source)))
 
         tool_here(TOOL, 'ours.pth', 'back.pth.tar', '--to', 'released', cwd=tmp_path)
@@ -134,14 +131,14 @@ class TestConversion:
         whole = {**with_prefix('backbone.', entries), **with_prefix('head.', head)}
         detector = {**with_prefix('backbone.', entries), 'neck.conv.weight': torch.zeros(3),
                     'roi_head.bbox_head.fc_cls.weight': torch.zeros(81, 1024)}
+        authors = with_prefix('module.', released_entries(ce18))
         checkpoint, head, kind = {
             'backbone': (entries, {}, 'CE-ResNet'),
             'mmpretrain': (dict(meta=dict(epoch=1), state_dict=whole), head,
                            'mmpretrain classifier'),
             'detector': (dict(state_dict=detector), {},
                          'model with a backbone, such as a detector'),
-            'parallel': (dict(state_dict=with_prefix('module.', released_entries(ce18))), {},
-                         "authors' CE-ResNet"),
+            'parallel': (dict(state_dict=authors), {}, "authors' CE-ResNet"),
             'ours': (dict(state_dict={**entries, **head}, meta=dict(format_version=1)), head,
                      'CE-ResNet'),
         }[source]
@@ -155,15 +152,15 @@ class TestConversion:
         (34, 'torchvision'), (50, 'mmpretrain'), (101, 'torchvision')])
     def test_plain_resnet(self, convert, depth, origin):
         """It has neither CE nor, in torchvision's oldest files, num_batches_tracked."""
-        entries = {key: value for key, value in ResNet(depth).state_dict().items()
-                   if origin == 'mmpretrain' or not key.endswith('num_batches_tracked')}
-        head = classifier(512 if depth == 34 else 2048)
-        expected = {**entries, **head}
-        kind = 'ResNet without CE'
+        expected = {key: value for key, value in ResNet(depth).state_dict().items()
+                    if origin == 'mmpretrain' or not key.endswith('num_batches_tracked')}
+        expected.update(classifier(512 if depth == 34 else 2048))
+        kind, entries = 'ResNet without CE', expected
         if origin == 'mmpretrain':
-            entries, head = with_prefix('backbone.', entries), with_prefix('head.', head)
             kind = 'mmpretrain classifier'
-        out, ours = convert(dict(state_dict={**entries, **head}))
+            entries = {f'{"head" if key.startswith("fc.") else "backbone"}.{key}': value
+                       for key, value in expected.items()}
+        out, ours = convert(dict(state_dict=entries))
         assert f'recognised: {kind}, depth {depth}, classifier of 10 classes' in out
         assert 'CE layers: none, those of CEResNet will start at their initial values' in out
         assert ours['meta']['ce_layers'] == 0
@@ -175,9 +172,8 @@ class TestConversion:
         _, ours = convert(dict(state_dict=entries))
         assert_same(ours['state_dict'], entries)
         for value in ours['state_dict'].values():
-            assert value.is_contiguous()
+            assert value.is_contiguous() and type(value) is torch.Tensor
             assert value.untyped_storage().nbytes() == value.nbytes
-            assert type(value) is torch.Tensor
 
 
 def state(*args, **kwargs):
@@ -215,7 +211,6 @@ REFUSED = {
     'text': (lambda: b'<html>not found</html>', r'src\.pth is damaged or was not written by'),
     'no tensors': (lambda: dict(state_dict={}, meta=dict(epoch=3)),
                    r"src\.pth: it holds no tensors\. Expected is a state dict.*'state_dict'"),
-    'list': (lambda: [torch.zeros(3)], 'it holds no tensors'),
     'no ce': (lambda: plain(18), r'no CE layers.*Leave out --to released',
               'src.pth dst.pth --to released'),
     'other network': (lambda: {'features.0.weight': torch.zeros(3)},
@@ -228,8 +223,6 @@ REFUSED = {
               r'\(512, 512, 3, 3\) in the network'),
     'missing entry': (lambda: without('bn1.running_var', state(18)),
                       r'bn1\.running_var is missing in the checkpoint and \(64,\) in the network'),
-    'missing of ce': (lambda: without('layer3.1.ce.running_scale', state(18)),
-                      r'layer3\.1\.ce\.running_scale is missing in the checkpoint and \(1,\)'),
     'one more': (lambda: {**state(18), 'attention.weight': torch.zeros(3)},
                  r'attention\.weight is \(3,\) in the checkpoint and missing in the network'),
     'no stem ce': (lambda: state(18, ce_stem=False),
@@ -237,8 +230,6 @@ REFUSED = {
     'group size': (lambda: state(18, ce_cfg=dict(group_size=8)),
                    r'layer1\.0\.ce\.running_whitening is \(8, 8, 8\) in the checkpoint and '
                    r'\(4, 16, 16\) in the network\..* loads the file as it is'),
-    'other blocks': (lambda: state(50, ce_blocks=[(0, 1, 2), (), (), ()]),
-                     r'layer2\.0\.ce\.\w+ is missing in the checkpoint'),
     'classifier': (lambda: {**state(18), **classifier(2048)},
                    r'fc\.weight is \(10, 2048\) in the checkpoint and \(10, 512\) in the network'),
     'classifier without bias': (lambda: {**state(18), 'fc.weight': torch.zeros(10, 512)},
@@ -255,19 +246,21 @@ class TestRefusals:
         (tmp_path / 'src.pth').write_bytes(content)
         (tmp_path / 'dst.pth').write_text('precious')
         result = tool_here(TOOL, *(arguments or ['src.pth dst.pth'])[0].split(), cwd=tmp_path)
-        assert result.returncode == 1
-        assert result.stderr.count('\n') == 1
+        assert (result.returncode, result.stderr.count('\n'), result.stdout) == (1, 1, '')
         assert re.search(message, result.stderr), result.stderr
-        assert not result.stdout
         assert {path.name for path in tmp_path.iterdir()} == {'src.pth', 'dst.pth'}
         assert (tmp_path / 'src.pth').read_bytes() == content
         assert (tmp_path / 'dst.pth').read_text() == 'precious'
 
-    def test_full_disk_leaves_nothing(self, ce18, tmp_path):
+    def test_full_disk_leaves_nothing(self, ce18, tool_here, tmp_path):
         torch.save(ce18.state_dict(), tmp_path / 'src.pth')
         (tmp_path / 'dst.pth').write_text('precious')
-        command = f'ulimit -f 20000; exec {sys.executable} {ROOT}/tools/{TOOL} src.pth dst.pth'
-        result = run('bash', '-c', command, cwd=tmp_path, check=False)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**7, limits[1]))
+        try:
+            result = tool_here(TOOL, 'src.pth', 'dst.pth', cwd=tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert result.returncode == 1
         assert re.fullmatch(r'cannot write dst\.pth \(.+\)\. Make sure .+\n', result.stderr)
         assert {path.name for path in tmp_path.iterdir()} == {'src.pth', 'dst.pth'}
@@ -283,7 +276,7 @@ class TestPretrained:
         return released_file(entries, tmp_path / 'resnet50_ce.pth.tar')
 
     def test_authors_file(self, ce50, authors):
-        loaded = pretrained(50, authors, ce_cfg=dict(freeze='all'), **SLIM)
+        loaded = pretrained(authors, ce_cfg=dict(freeze='all'), **SLIM)
         assert all(map(torch.equal, features(loaded), features(ce50)))
 
     def test_blocks_wrapped_to_be_recomputed(self, ce50):
@@ -296,14 +289,14 @@ class TestPretrained:
         entries = {**with_prefix('backbone.', ce50.state_dict()),
                    **with_prefix('head.', classifier(256))}
         torch.save(dict(meta=dict(epoch=100), state_dict=entries), tmp_path / 'epoch_100.pth')
-        loaded = pretrained(50, tmp_path / 'epoch_100.pth', **SLIM)
+        loaded = pretrained(tmp_path / 'epoch_100.pth', **SLIM)
         assert_same(loaded.state_dict(), ce50.state_dict())
         assert not [r for r in log.records if r.levelno >= logging.WARNING]
 
     def test_plain_resnet_and_the_warning(self, tmp_path, log):
         entries = ResNet(50, **SLIM).state_dict()
         torch.save({**entries, **classifier(256)}, tmp_path / 'resnet50.pth')
-        loaded = pretrained(50, tmp_path / 'resnet50.pth', **SLIM).state_dict()
+        loaded = pretrained(tmp_path / 'resnet50.pth', **SLIM).state_dict()
         assert_same({key: loaded[key] for key in entries}, entries)
         assert any('the 14 of this network start at their initial values' in record.message
                    for record in log.records)
@@ -312,14 +305,12 @@ class TestPretrained:
         (dict(ce_cfg=dict(group_size=4)),
          r'layer1\.0\.ce\.running_whitening is \(2, 16, 16\) in the checkpoint and \(8, 4, 4\) in'),
         (dict(ce_stem=False), r'ce1\.\w+ is \(.*\) in the checkpoint and missing in the network'),
-        (dict(ce_blocks=[(0, 1, 2), (0, 1, 2, 3), (), ()]),
-         r'layer3\.0\.ce\.\w+ is \(.*\) in the checkpoint and missing in the network'),
         (dict(ce_blocks=[(0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5), (0, )]),
          r'layer4\.0\.ce\.\w+ is missing in the checkpoint and \(.*\) in the network'),
     ], ids=str)
     def test_other_ce_layers_are_refused(self, authors, options, message):
         with pytest.raises(CheckpointError, match=message):
-            pretrained(50, authors, **options, **SLIM)
+            pretrained(authors, **options, **SLIM)
 
     @pytest.mark.parametrize(('theirs', 'ours'), [
         ('layer2.3.ce.x_weight', 'layer2.3.ce.lambda_logit'),
@@ -327,4 +318,4 @@ class TestPretrained:
     def test_missing_ce_entry_is_refused(self, ce50, tmp_path, theirs, ours):
         released_file(without(theirs, released_entries(ce50)), tmp_path / 'incomplete.pth.tar')
         with pytest.raises(CheckpointError, match=f'{re.escape(ours)} is missing in the check'):
-            pretrained(50, tmp_path / 'incomplete.pth.tar', **SLIM)
+            pretrained(tmp_path / 'incomplete.pth.tar', **SLIM)

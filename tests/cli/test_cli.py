@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import site
-import sys
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ def cli(python, *arguments, **options):
 
 def environment(folder, *without):
     """Python and site-packages of an environment without mmpretrain, which is slow, and others."""
-    run(sys.executable, '-m', 'venv', '--without-pip', folder / 'venv')
+    venv.create(folder / 'venv', symlinks=True)
     packages = next(folder.glob('venv/lib/python3*/site-packages'))
     for path in SITE.iterdir():
         if not any(path.match(left_out) for left_out in ('*mmpretrain*', *without)):
@@ -215,9 +215,9 @@ class TestConfigs:
         assert copy == original
         assert len(list(tmp_path.rglob('*.py'))) == count
 
-    @pytest.mark.parametrize('mine', ['_base_/runtime.py', '_base_'])
-    def test_all_or_nothing(self, mine, tmp_path):
-        mine = tmp_path / mine
+    @pytest.mark.parametrize('name', ['_base_/runtime.py', '_base_'])
+    def test_all_or_nothing(self, name, tmp_path):
+        mine = tmp_path / name
         mine.parent.mkdir(exist_ok=True)
         mine.write_text('# mine')
         with pytest.raises(SystemExit, match=f'{mine.name}.*nothing was written'):

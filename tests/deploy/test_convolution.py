@@ -87,8 +87,7 @@ def test_bd_alone_behind_grouped_convolutions(groups, group_size, kind):
     """It is merged into the weights if no whitening group has channels of two groups."""
     model = with_statistics(nn.Sequential(
         nn.Conv2d(16, 16, 3, groups=groups), nn.BatchNorm2d(16), CE(16, group_size, bd_ratio=1.)))
-    folded = folded_as_unfolded(model, torch.randn(2, 16, 6, 6))
-    assert type(folded[0]) is kind
+    assert type(folded_as_unfolded(model, torch.randn(2, 16, 6, 6))[0]) is kind
 
 
 @pytest.mark.parametrize('norm', [DetrFrozenBatchNorm2d, BatchNormAct2d,

@@ -1,12 +1,11 @@
 """Folding for inference: what the model computed before, on every kind of network."""
 import copy
 import re
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HALF, ROOT, tool
+from conftest import HALF, ROOT
 from helpers.layers import strengthened
 from helpers.networks import SLIM
 from helpers.norms import BatchNormAct2d
@@ -46,12 +45,8 @@ NETWORKS = {
     'CE-ResNet-50': lambda: CEResNet(50, **SLIM),
     'behind the second norm': lambda: CEResNet(50, **SLIM, ce_position='second'),
     'SyncCE': lambda: CEResNet(50, **SLIM, ce_cfg=dict(type='SyncCE')),
-    'BD alone': lambda: CEResNet(50, **SLIM, ce_cfg=dict(bd_ratio=1.0)),
-    'IR alone': lambda: CEResNet(50, **SLIM, ce_cfg=dict(bd_ratio=0.0)),
-    'identity start': lambda: ResNet(50, **SLIM, plugins=[
+    'plugins, identity start': lambda: ResNet(50, **SLIM, plugins=[
         {**PLUGIN[0], 'cfg': dict(type='CE', identity_start=True)}]),
-    'fixed lambda': lambda: CEResNet(50, **SLIM, ce_cfg=dict(bd_ratio=0.3)),
-    'plugins of ResNet-50': lambda: ResNet(50, **SLIM, plugins=PLUGIN),
     'insert_ce in ResNet-50': lambda: insert_ce(ResNet(50, **SLIM), r'layer[12]\.\d+\.bn3'),
     'insert_ce, Sequential': sequential,
     'insert_ce, ConvModule': conv_modules,
@@ -64,26 +59,26 @@ def images(*size, seed=0, dtype=torch.float64):
     return 2 * torch.randn(*size, generator=generator, dtype=dtype) + 5
 
 
+@torch.no_grad()
 def trained(network, dtype=torch.float64):
     """With statistics, inhibited channels and offsets that no initial network has."""
     torch.manual_seed(0)
     model = strengthened(network()).to(dtype)
+    model.train()  # that of MMDetection's ResNet returns nothing
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.2, 1)
             nn.init.normal_(norm.bias, std=3)
-            norm.weight.data[::4] = 1e-3
-    model.train()
-    with torch.no_grad():
-        for step in range(3):
-            model(images(4, 3, 64, 96, seed=step, dtype=dtype))
+            norm.weight[::4] = 1e-3
+    for step in range(3):
+        model(images(4, 3, 64, 96, seed=step, dtype=dtype))
     model.eval()
     return model
 
 
+@torch.no_grad()
 def outputs(model, x):
-    with torch.no_grad():
-        y = model(x)
+    y = model(x)
     return list(y) if isinstance(y, (tuple, list)) else [y]
 
 
@@ -134,15 +129,13 @@ def test_sizes_without_variance_or_images():
         torch.testing.assert_close(outputs(folded, images(*size)), outputs(model, images(*size)))
 
 
-def test_channels_last_stays_so():
-    """Without a copy to NCHW where the convolution is 1x1 and the map large."""
+@pytest.mark.filterwarnings('error')  # a copy to NCHW warns
+def test_channels_last_stays_so_without_a_copy():
+    """Where the convolution is 1x1 and the map large."""
     model = fused(trained(lambda: insert_ce(
         nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)), '.*')))
     x = images(2, 3, 8, 8)
-    last = x.contiguous(memory_format=torch.channels_last)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')  # the copy warns
-        ours, = outputs(model, last)
+    ours, = outputs(model, x.contiguous(memory_format=torch.channels_last))
     assert ours.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(ours, *outputs(model, x))
 
@@ -150,14 +143,11 @@ def test_channels_last_stays_so():
 @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
 def test_half_precision(dtype):
     """As good as the unfolded model in the same type, with statistics in float32."""
-    exact = trained(NETWORKS['CE-ResNet-50'])
-    x = images(2, 3, 96, 96, seed=9)
-    expected = outputs(exact, x)
-    model = copy.deepcopy(exact).to(dtype)
-    folded = fused(exact).to(dtype)
-    ours = outputs(folded, x.to(dtype))
+    model, x = trained(NETWORKS['CE-ResNet-50']), images(2, 3, 96, 96, seed=9)
+    expected, folded = outputs(model, x), fused(model).to(dtype)
+    ours, unfolded = (outputs(m.to(dtype), x.to(dtype)) for m in (folded, model))
     assert all(y.dtype == dtype for y in ours)
-    assert deviation(ours, expected) < 2 * deviation(outputs(model, x.to(dtype)), expected)
+    assert deviation(ours, expected) < 2 * deviation(unfolded, expected)
 
 
 class Block(nn.Module):
@@ -273,17 +263,13 @@ def test_a_folded_model_cannot_be_trained():
     (images(2, 3, 8, 8), images(2, 3, 9, 9)), dict(x=images(2, 3, 8, 8)), (images(2, 3, 8, 8), )])
 def test_examples_of_several_arguments(example):
     """Used as copies: this model changes its first argument."""
-    class Model(nn.Module):
-
-        def __init__(self):
-            super().__init__()
-            self.layers = sequential()
+    class Model(nn.Sequential):
 
         def forward(self, x, y=None):
             x -= 5
-            return {'x': self.layers(x), 'rest': [] if y is None else [self.layers(y)]}
+            return {'x': self[0](x), 'rest': [] if y is None else [self[0](y)]}
 
-    model = fuse_ce(trained(Model), example)
+    model = fuse_ce(trained(lambda: Model(sequential())), example)
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     values = list(example.values()) if isinstance(example, dict) else example
     torch.testing.assert_close(values[0], images(2, 3, 8, 8))
@@ -304,29 +290,36 @@ def test_compiles_and_exports_without_graph_breaks():
 
 
 def test_deploy_tool_exports_a_detector(tool_here, tmp_path):
-    """The command as typed: folded, exported, run in onnxruntime on three sizes."""
-    config = ROOT / 'configs' / 'demo' / 'mask_rcnn_ce_r18_shapes.py'
-    model = build_model(config)
-    checkpoint = tmp_path / 'epoch_1.pth'
-    torch.save(dict(state_dict=model.state_dict()), checkpoint)
-    arguments = [config, checkpoint, '--onnx', 'dense.onnx', '--size', 96, 128]
-    failed = tool_here('deploy.py', *arguments, cwd=tmp_path)
+    """Folded, exported, run in onnxruntime on three sizes; two stages of a CE-ResNet-18."""
+    (tmp_path / 'slim.py').write_text(f'''
+_base_ = {str(ROOT / 'configs/demo/mask_rcnn_ce_r18_shapes.py')!r}
+model = dict(
+    backbone=dict(base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
+                  dilations=(1, 1), out_indices=(0, 1)),
+    neck=dict(in_channels=[8, 16], num_outs=3),
+    rpn_head=dict(anchor_generator=dict(strides=[4, 8, 16])))
+''')
+    model = build_model(tmp_path / 'slim.py')
+
+    def deploy():
+        torch.save(dict(state_dict=model.state_dict()), tmp_path / 'epoch_1.pth')
+        return tool_here('deploy.py', 'slim.py', 'epoch_1.pth', '--onnx', 'dense.onnx', '--size',
+                         96, 128, cwd=tmp_path)
+
+    failed = deploy()
     assert failed.returncode == 1
     assert 'statistics were never trained or loaded' in failed.stderr
     assert not list(tmp_path.glob('*.onnx*'))
-
     model.train()
     model.backbone(images(2, 3, 64, 64, dtype=torch.float32))
-    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+    result = deploy()
     if not CAN_EXPORT:
-        failed = tool_here('deploy.py', *arguments, cwd=tmp_path)
-        assert failed.returncode == 1
-        assert 'ONNX export needs torch 2.7 or newer' in failed.stderr
+        assert result.returncode == 1
+        assert 'ONNX export needs torch 2.7 or newer' in result.stderr
         assert not list(tmp_path.glob('*onnx*'))
         return
-    output = tool('deploy.py', *arguments, cwd=tmp_path).stdout
-    assert '9 CE layers folded' in output
-    errors = [float(e) for e in re.findall(r'onnxruntime at .*: within (\S+)', output)]
+    assert '5 CE layers folded' in result.stdout
+    errors = [float(e) for e in re.findall(r'onnxruntime at .*: within (\S+)', result.stdout)]
     assert len(errors) == 3
     assert max(errors) < 1e-3
     assert [p.name for p in tmp_path.glob('*onnx*')] == ['dense.onnx']

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import HALF, ROOT
-from helpers.ranks import reference_step
+from helpers.layers import random_input
+from helpers.ranks import new_layer, reference_step
 from torch import nn
 
 from cenet_mmdet import CE, SyncCE
@@ -17,8 +18,8 @@ from cenet_mmdet.layers.released_keys import RELEASED_KEYS
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 GOLDEN = ROOT / 'tests/data/ce_layer_reference.npz'
-BRANCHES = {'both': {}, 'BD alone': dict(bd_ratio=1.), 'IR alone': dict(bd_ratio=0.),
-            'identity_start': dict(identity_start=True)}
+BRANCHES = {'both': dict(momentum=0.25), 'BD alone': dict(bd_ratio=1.),
+            'IR alone': dict(bd_ratio=0.), 'identity_start': dict(identity_start=True)}
 
 
 @pytest.fixture(params=DEVICES)
@@ -27,13 +28,15 @@ def device(request):
 
 
 def maps(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
+    return 2 * random_input(*shape, seed=seed, dtype=dtype) + 1
 
 
-def layer(device, cls=CE, channels=16, dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    return cls(channels, group_size=8, dtype=dtype, **options).to(device)
+def layer(device, cls=CE, dtype=torch.float64, **options):
+    return new_layer(cls, 16, dtype, group_size=8, **options).to(device)
+
+
+def close(ours, expected, error=1e-10):
+    torch.testing.assert_close(ours, expected, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize('case', ['g16', 'g64', 'halved', 'wide'])
@@ -51,8 +54,7 @@ def test_parity_with_the_released_layer(device, case):
     ce.load_state_dict(parameters, strict=False)
     y = ce.to(device)(x)
     y.backward(grad_y)
-    for ours, key in ((y, 'y'), (x.grad, 'grad_x')):
-        torch.testing.assert_close(ours, tensor(f'step1/{key}'), rtol=1e-10, atol=1e-10)
+    close((y, x.grad), (tensor('step1/y'), tensor('step1/grad_x')))
 
 
 @pytest.mark.parametrize('options', BRANCHES.values(), ids=BRANCHES)
@@ -64,11 +66,10 @@ def test_layer_is_the_reference(device, options, memory_format):
     x = maps(3, 16, 6, 5)
     ours = ce(x.to(device).contiguous(memory_format=memory_format))
     expected, = reference_step(reference, [x])
-    torch.testing.assert_close(ours.cpu(), expected, rtol=1e-10, atol=1e-10)
-    for (name, buffer), other in zip(ce.named_buffers(), reference.buffers()):
-        torch.testing.assert_close(buffer.cpu(), other, rtol=1e-10, atol=1e-10, msg=name)
+    close((ours.cpu(), *(buffer.cpu() for buffer in ce.buffers())),
+          (expected, *reference.buffers()))
     evaluated, _ = reference_ce(reference.eval(), [x])
-    torch.testing.assert_close(ce.eval()(x.to(device)).cpu(), evaluated[0], rtol=1e-10, atol=1e-10)
+    close(ce.eval()(x.to(device)).cpu(), evaluated[0])
 
 
 def test_fused_pair_is_one_after_the_other(device):
@@ -81,9 +82,9 @@ def test_fused_pair_is_one_after_the_other(device):
     ours, expected = fused_batch_norm_ce(norm, ce, z), apart[1](apart[0](other))
     ours.square().sum().backward()
     expected.square().sum().backward()
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    close(ours, expected)
     torch.testing.assert_close(z.grad, other.grad, rtol=1e-10, atol=1e-9)
-    assert all(torch.allclose(a, b) for a, b in zip(norm.buffers(), apart[0].buffers()))
+    close([*norm.buffers()], [*apart[0].buffers()])
 
 
 @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
@@ -126,27 +127,22 @@ def test_sync_ce_is_ce_on_the_whole_batch(device, tmp_path):
     ys = reference_step(reference, xs)
     torch.autograd.backward(ys, [y.detach() for y in ys])
     for rank, (x, y) in enumerate(zip(xs, ys)):
-        ours = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
-        for value, expected in zip(ours, (y.detach(), x.grad, reference.running_whitening)):
-            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+        close(torch.load(tmp_path / f'{rank}.pt', weights_only=True),
+              [y.detach(), x.grad, reference.running_whitening], 1e-9)
 
 
 def test_backbone_computes_the_same_everywhere(device):
     mmdet = pytest.importorskip('mmdet', reason='the backbones need MMDetection')  # noqa: F841
     from cenet_mmdet import CEResNet
-    torch.manual_seed(0)
     backbone = CEResNet(18, base_channels=8, stem_channels=8, frozen_stages=-1).double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     results = []
     for place in ('cpu', device):
-        network = copy.deepcopy(backbone).to(place)
-        network.train()
-        image = x.to(place).requires_grad_()
+        network, image = copy.deepcopy(backbone).to(place), x.to(place).requires_grad_()
         outs = network(image)
         sum(out.square().mean() for out in outs).backward()
         results.append([image.grad.cpu(), *(out.detach().cpu() for out in outs)])
-    for ours, expected in zip(*results):
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize('amp', [False, True])

@@ -10,7 +10,7 @@
 import re
 import sys
 import textwrap
-from itertools import dropwhile, takewhile
+from itertools import dropwhile
 
 import pytest
 import torch
@@ -95,37 +95,25 @@ def test_config_is_built(text, tmp_path):
 
 
 class TestCommands:
-    read = set()  # options and numbers of positional arguments that each tool has read
 
     @every_script
-    def test_parsers_read_them(self, page, tmp_path):
+    def test_parsers_read_them(self, page, tool_here, tmp_path):
         for program, *arguments in sandbox.commands(script(page), tmp_path):
             if program == 'make':
                 run('make', '--dry-run', *arguments, cwd=ROOT)
             elif program == 'cenet-mmdet':
                 cenet_mmdet_parser().parse_args(arguments)
             elif program == 'pip':
-                self.stops('-m', 'pip', *arguments)
+                assert_stopped(run(sys.executable, '-m', 'pip', *arguments, '--stop', check=False))
             else:  # python, or torchrun or srun behind options of their own
-                self.tool_reads(*dropwhile(lambda part: not part.endswith('.py'), arguments))
-
-    def tool_reads(self, tool, *arguments):
-        if '--cfg-options' in arguments:
-            known, _ = run_parser('').parse_known_args(arguments)
-            build(load_config(ROOT / known.config, known.cfg_options))
-        assert all((ROOT / part).exists() for part in arguments if part.startswith('configs/'))
-        positional = list(takewhile(lambda part: not part.startswith('-'), arguments))
-        options = (part.partition('=')[0] for part in arguments if part.startswith('-'))
-        forms = {(tool.split('/')[-1], form) for form in (*options, len(positional))}
-        if not forms <= self.read:  # a process takes seconds
-            self.read.update(forms)
-            self.stops(tool, *arguments)
-
-    @staticmethod
-    def stops(*arguments):
-        """Python's program reads all arguments, and refuses an unknown one behind them."""
-        error = run(sys.executable, *arguments, '--stop', cwd=ROOT, check=False).stderr.rstrip()
-        assert error.endswith(('unrecognized arguments: --stop', 'no such option: --stop')), error
+                path, *arguments = dropwhile(lambda part: not part.endswith('.py'), arguments)
+                assert all((ROOT / part).exists() for part in arguments
+                           if part.startswith('configs/'))
+                if '--cfg-options' in arguments:
+                    known, _ = run_parser('').parse_known_args(arguments)
+                    build(load_config(ROOT / known.config, known.cfg_options))
+                name = path.rpartition('tools/')[2]
+                assert_stopped(tool_here(name, *arguments, '--stop', cwd=ROOT))
 
     @pytest.fixture(scope='class')
     @staticmethod
@@ -136,6 +124,12 @@ class TestCommands:
     @every_script
     def test_they_run(self, page, new_sandbox, tmp_path):
         sandbox.run(script(page), new_sandbox, tmp_path / 'sandbox')
+
+
+def assert_stopped(result):
+    """A parser has read all arguments, and refuses the unknown one behind them."""
+    error = result.stderr.rstrip()
+    assert error.endswith(('unrecognized arguments: --stop', 'no such option: --stop')), error
 
 
 @every_page

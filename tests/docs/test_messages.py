@@ -1,4 +1,6 @@
 """Each message that docs/troubleshoot.md has as a heading is one that users really get."""
+import copy
+import functools
 import json
 import os
 import re
@@ -12,7 +14,7 @@ import mmcv
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LEGACY, ROOT, run, tool
+from conftest import LEGACY, ROOT, run, run_here
 from mmdet.models import ResNet
 from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.config import Config
@@ -41,7 +43,14 @@ ELSEWHERE = [
 ]
 CONFIG = ROOT / 'configs/mask_rcnn_ce_r50.py'
 WEIGHTS = 'model.backbone.init_cfg.checkpoint'
+CLASSES = 'train_dataloader.dataset.metainfo.classes'
 PLUGIN = dict(cfg=dict(type='CE'), stages=(True, True, True, False), position='after_conv3')
+
+
+def process(folder, line, *names):
+    """What a new Python process says where a line is tried with each of the names."""
+    code = ''.join(f'try: {line % name}\nexcept Exception: print_exc()\n' for name in names)
+    return run(sys.executable, '-c', f'from traceback import print_exc\n{code}', cwd=folder).stderr
 
 
 def broken_mmcv(folder):
@@ -50,20 +59,24 @@ def broken_mmcv(folder):
                     ignore=shutil.ignore_patterns('_ext*', 'csrc'))
     with open(folder / 'mmcv/version.py', 'a') as version:
         version.write("__version__ = '9.9.9'\n")
-    return ''.join(run(sys.executable, '-c', f'import {name}', cwd=folder, check=False).stderr
-                   for name in ('mmcv.ops', 'cenet_mmdet'))
+    return process(folder, 'import %s', 'cenet_mmdet', 'mmcv.ops')
 
 
 def not_imported(folder):
-    code = ('import mmdet.evaluation, mmdet.models\nfrom mmdet.registry import MODELS\n'
+    code = ('import mmdet.evaluation, mmdet.models; from mmdet.registry import MODELS; '
             f"MODELS.build(dict(type='%s', depth=50, plugins=[{PLUGIN}]))")
-    return ''.join(run(sys.executable, '-c', code % backbone, cwd=folder, check=False).stderr
-                   for backbone in ('CEResNet', 'ResNet'))
+    return process(folder, code, 'CEResNet', 'ResNet')
+
+
+@functools.cache
+def demo_config():
+    return load_config(ROOT / 'configs/demo/mask_rcnn_ce_r18_shapes_pretrained.py')
 
 
 def problems(options):
-    config = ROOT / 'configs/demo/mask_rcnn_ce_r18_shapes_pretrained.py'
-    return '\n'.join(job_problems(load_config(config, options)))
+    cfg = copy.deepcopy(demo_config())
+    cfg.merge_from_dict(options)
+    return '\n'.join(job_problems(cfg))
 
 
 def saved(folder, content):
@@ -95,10 +108,6 @@ def drop_iscrowd(content):
         del annotation['iscrowd']
 
 
-def with_classes(classes):
-    return problems({'train_dataloader.dataset.metainfo.classes': classes})
-
-
 def evaluated_classes_that_the_file_lacks(_):
     metric = METRICS.build(dict(load_config(CONFIG).val_evaluator, metric='bbox'))
     metric.dataset_meta = dict(classes=('disk', 'person'))
@@ -126,6 +135,13 @@ def train(folder, hook, workers=0, **options):
            cfg=options, **options).train()
 
 
+def refused(folder, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        result = run_here(patch, 'train.py', CONFIG, *arguments, cwd=folder)
+    assert result.returncode == 1 and not (folder / 'work_dirs').exists()
+    return result.stderr
+
+
 def distributed(folder):
     dist.init_process_group('gloo', f'file://{folder}/rendezvous', rank=0, world_size=1)
     try:
@@ -149,16 +165,16 @@ PROVOCATIONS = [
     lambda _: problems({'train_dataloader.dataset.data_root': '/nowhere/'}),
     lambda _: DATASETS.build(load_config(CONFIG).train_dataloader.dataset),
     evaluated_classes_that_the_file_lacks,
-    lambda _: with_classes(('disk', 'person')),
-    lambda _: with_classes(('square', 'disk')),
-    lambda _: with_classes('disk'),
+    lambda _: problems({CLASSES: ('disk', 'person')}),
+    lambda _: problems({CLASSES: ('square', 'disk')}),
+    lambda _: problems({CLASSES: 'disk'}),
     changed(drop_iscrowd),
     changed(rename_image),
     changed(resize_image),
     changed(rename_image, 'val_evaluator.ann_file'),
     lambda _: problems({WEIGHTS: '/nowhere.pth'}),
     lambda _: problems({WEIGHTS: str(CONFIG)}),
-    lambda folder: problems({WEIGHTS: 'torchvision://resnet18'}),
+    lambda _: problems({WEIGHTS: 'torchvision://resnet18'}),
     lambda folder: load(saved(folder, Path())),
     lambda folder: torch.load(saved(folder, HistoryBuffer()), weights_only=True),
     lambda folder: problems({WEIGHTS: saved(folder, {'backbone.conv1.weight': torch.zeros(1)}),
@@ -176,9 +192,9 @@ PROVOCATIONS = [
     distributed,
     lambda _: [dist.TCPStore('127.0.0.1', 29599, is_master=True, wait_for_workers=False)
                for _ in range(2)],
-    lambda _: tool('train.py', CONFIG, '--amp', check=False).stderr,
-    lambda _: tool('train.py', CONFIG, '--auto-scale-lr', '--cfg-options',
-                   'auto_scale_lr._delete_=True', check=False).stderr,
+    lambda folder: refused(folder, '--amp'),
+    lambda folder: refused(folder, '--auto-scale-lr', '--cfg-options',
+                           'auto_scale_lr._delete_=True'),
     lambda _: CE(16)(torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)),
 ]
 

@@ -22,6 +22,18 @@ def same_state(before, *layers):
     return all(torch.equal(before[name], value) for name, value in after.items())
 
 
+def check_gradients(layer, x):
+    """Of the input and of all parameters, first and second order."""
+    names = [name for name, _ in layer.named_parameters()]
+    inputs = [t.detach().clone().requires_grad_() for t in (x, *layer.parameters())]
+
+    def function(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), (x, ))
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
 def kept_maps(function, size):
     """Storages of at least `size` entries that the graph of a call keeps."""
     kept = set()

@@ -59,24 +59,14 @@ train_cfg = dict(max_iters=2)
 
 
 class Neighbour(NamedTuple):
-    """A config of another library with CE in it.
-
-    Attributes:
-        base: its path in the library's configs.
-        lines: what the user adds.
-        options: what makes it small.
-        learning: number of CE layers that learn.
-        frozen: number of CE layers in stages that the config freezes.
-        data: lines for data of the library's kind.
-        result: the tensor in a prediction.
-    """
-    base: str
-    lines: str
-    options: Dict[str, Any]
-    learning: int
-    frozen: int = 0
-    data: str = DETECTION
-    result: str = 'pred_instances.scores'
+    """A config of another library with CE in it."""
+    base: str  # its path in the library's configs
+    lines: str  # what the user adds
+    options: Dict[str, Any]  # what makes it small
+    learning: int  # number of CE layers that learn
+    frozen: int = 0  # number of CE layers in stages that the config freezes
+    data: str = DETECTION  # lines for data of the library's kind
+    result: str = 'pred_instances.scores'  # the tensor in a prediction
 
 
 def below(prefix, **options):
@@ -182,8 +172,7 @@ def pictures(tmp_path_factory):
     """Two pictures of each of two classes; with label maps, whose left half is class 1."""
     folder = tmp_path_factory.mktemp('pictures')
     rng = np.random.default_rng(0)
-    labels = np.zeros((64, 64), np.uint8)
-    labels[:, :32] = 1
+    labels = np.repeat(np.uint8([[1, 0]]), 32, 1).repeat(64, 0)
     for name in ('one/0.png', 'one/1.png', 'two/0.png', 'two/1.png'):
         mmcv.imwrite(rng.integers(0, 256, (64, 64, 3), np.uint8), str(folder / 'images' / name))
         mmcv.imwrite(labels, str(folder / 'labels' / name))
@@ -206,7 +195,8 @@ def test_steps_and_round_trip(name, shapes, pictures, plain_configs, tmp_path):
     check_participation(runner.model, neighbour)
 
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))  # as the runner does
-    trained, reloaded = saved_model(runner).eval(), MODELS.build(cfg.model).eval()
+    averaged = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+    trained, reloaded = (averaged or [runner.model])[0].eval(), MODELS.build(cfg.model).eval()
     load_checkpoint(reloaded, (tmp_path / 'last_checkpoint').read_text(), strict=True)
     expected = trained.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in reloaded.state_dict().items())
@@ -227,9 +217,3 @@ def check_participation(model, neighbour):
         batches = STEPS * levels if name in learning else 0
         assert ce.num_batches_tracked == batches, name
         assert bool(ce.lambda_logit != 0) is (name in learning), name
-
-
-def saved_model(runner):
-    """What the checkpoint's `state_dict` is of: with EMA, the averaged model."""
-    ema = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-    return ema[0] if ema else runner.model

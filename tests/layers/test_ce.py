@@ -1,11 +1,20 @@
 """Behaviour of the CE layer beyond parity and properties: gradients, modes, bad input."""
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from conftest import HALF, LEGACY
-from helpers.layers import OFFSETS, covariance_error, kept_maps, random_input, same_state, state
+from helpers.layers import (
+    OFFSETS,
+    check_gradients,
+    covariance_error,
+    kept_maps,
+    random_input,
+    same_state,
+    state,
+)
 from torch import nn
 
 from cenet_mmdet import CE, DBN, IterNorm
@@ -29,36 +38,21 @@ class TestGradients:
     @each_branch
     @both_modes
     def test_gradcheck(self, bd_ratio, training):
-        """Input and all parameters, first and second order."""
         ce = double(4, group_size=2, reduction=2, bd_ratio=bd_ratio)
         ce(random_input(4, 4, 5, 5, seed=1))  # statistics that are not the initial ones
-        ce.train(training)
-        parameters = [p.detach().clone().requires_grad_() for p in ce.parameters()]
-        names = [name for name, _ in ce.named_parameters()]
-
-        def function(x, *values):
-            return torch.func.functional_call(ce, dict(zip(names, values)), (x, ))
-
-        inputs = random_input(2, 4, 1, 3).requires_grad_(), *parameters
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        check_gradients(ce.train(training), random_input(2, 4, 1, 3))
 
     def test_moments_and_their_gradient_are_those_of_the_definition(self):
         x = random_input(2, 3, 4, 7).requires_grad_()
-        ours = batch_moments(x)
         pixels = x.permute(1, 2, 0, 3).flatten(2)
-        mean = pixels.mean(-1)
-        centred = pixels - mean.unsqueeze(-1)
-        expected = mean, centred @ centred.mT / 14, x.var(-1)
+        centred = pixels - pixels.mean(-1, keepdim=True)
+        expected = pixels.mean(-1), centred @ centred.mT / 14, x.var(-1)
+        ours = batch_moments(x)
         got = ours.mean, ours.covariance, ours.variance
         torch.testing.assert_close(got, expected)
         weights = [random_input(*moment.shape, seed=1) for moment in got]
-
-        def gradient(moments):
-            total = sum((weight * moment).sum() for weight, moment in zip(weights, moments))
-            return torch.autograd.grad(total, x)[0]
-
-        torch.testing.assert_close(gradient(got), gradient(expected))
+        gradients = [torch.autograd.grad(moments, x, weights)[0] for moments in (got, expected)]
+        torch.testing.assert_close(*gradients)
 
     @pytest.mark.parametrize('num_iters', [1, 2, 3, 5])
     def test_newtons_derivative_is_autograds(self, num_iters):
@@ -81,26 +75,14 @@ class TestGradients:
         # of a symmetric matrix, the symmetric part is what counts
         torch.testing.assert_close(got + got.mT, expected + expected.mT)
 
-    def test_nothing_of_the_size_of_the_map_is_kept_but_the_input(self):
-        ce = CE(32)
-        x = random_input(2, 32, 24, 24, dtype=torch.float32).requires_grad_()
-        assert kept_maps(lambda: ce(x), x.numel()) == {x.untyped_storage().data_ptr()}
+    @pytest.mark.parametrize('cls', [CE, IterNorm, DBN])
+    def test_nothing_of_the_size_of_the_map_is_kept_but_the_input(self, cls):
+        layer, x = cls(32), random_input(2, 32, 24, 24, dtype=torch.float32).requires_grad_()
+        assert kept_maps(lambda: layer(x), x.numel()) == {x.untyped_storage().data_ptr()}
 
 
 class TestDefinition:
     """Against formulas written out without sharing code with the package."""
-
-    def test_newton_converges_to_the_inverse_root(self):
-        a = random_input(1, 6, 6)
-        sigma = a @ a.mT + 3 * torch.eye(6)
-        values, vectors = torch.linalg.eigh(sigma / sigma.diagonal(dim1=-2, dim2=-1).sum())
-        root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
-        torch.testing.assert_close(newton_whitening(sigma, torch.eye(6), 0, 10), root)
-
-    def test_three_iterations_gain_at_most_1_5_cubed(self):
-        sigma = torch.diag_embed(torch.tensor([[1., 1e-9, 1e-9, 1e-9]]))
-        gain = torch.linalg.eigvalsh(newton_whitening(sigma, torch.eye(4), 0, 3)).max()
-        assert gain == pytest.approx(1.5**3, rel=1e-6)
 
     def test_lambda_mixes_the_branches(self):
         """With the same statistics, the output is linear in lambda between BD and IR."""
@@ -254,17 +236,6 @@ class TestModes:
             ce(x)
         assert not {'aten::bmm', 'aten::baddbmm'} & {e.key for e in profile.key_averages()}
 
-    def test_momentum_is_the_weight_of_the_new_value(self):
-        """Whitening matrices are averaged, not covariances."""
-        ce = double(8, momentum=0.25)
-        x = random_input(2, 8, 4, 4)
-        covariance = torch.cov(x.transpose(0, 1).flatten(1), correction=0)
-        whitening = newton_whitening(covariance[None], torch.eye(8), 1e-5, 3)
-        ce(x)
-        expected = 0.75 * torch.eye(8, dtype=torch.float64) + 0.25 * whitening
-        torch.testing.assert_close(ce.running_whitening, expected)
-        assert ce.num_batches_tracked == 1
-
     @pytest.mark.parametrize('dtype', HALF.values(), ids=HALF)
     def test_half_precision_keeps_its_type_and_float32_statistics(self, dtype):
         torch.manual_seed(0)
@@ -278,8 +249,7 @@ class TestModes:
         torch.testing.assert_close(ce.running_whitening, reference.running_whitening)
 
     def test_deep_copy_and_pickle(self):
-        ce = double(8)
-        x = random_input(2, 8, 4, 4)
+        ce, x = double(8), random_input(2, 8, 4, 4)
         ce(x)
         ce.eval()
         for clone in (copy.deepcopy(ce), pickle.loads(pickle.dumps(ce))):
@@ -292,14 +262,12 @@ class TestModes:
         torch 2.1 traces no custom gradients: it breaks the graph there.
         """
         plain = double(8).train(training)
-        compiled = torch.compile(copy.deepcopy(plain), backend='aot_eager',
-                                 fullgraph=not LEGACY)
-        x, grad = random_input(2, 8, 4, 4), random_input(2, 8, 4, 4, seed=1)
+        compiled = torch.compile(copy.deepcopy(plain), backend='aot_eager', fullgraph=not LEGACY)
+        x, grad = random_input(2, 8, 4, 4).requires_grad_(), random_input(2, 8, 4, 4, seed=1)
         results = []
         for ce in (compiled, plain):
-            inputs = x.clone().requires_grad_()
-            y = ce(inputs)
-            results.append((y, *torch.autograd.grad(y, inputs, grad), *plain.buffers()))
+            y = ce(x)
+            results.append((y, *torch.autograd.grad(y, x, grad), *ce.buffers()))
         torch.testing.assert_close(*results)
 
     def test_torch_func_in_evaluation(self):
@@ -307,12 +275,11 @@ class TestModes:
         ce = double(8)
         ce(random_input(4, 8, 5, 5))
         ce.eval()
-        x = random_input(3, 1, 8, 4, 4, seed=1)
+        parameters, x = dict(ce.named_parameters()), random_input(3, 1, 8, 4, 4, seed=1)
 
         def loss(parameters, sample):
             return torch.func.functional_call(ce, parameters, (sample, )).square().sum()
 
-        parameters = dict(ce.named_parameters())
         each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
         torch.testing.assert_close(torch.func.vmap(ce)(x)[:, 0], ce(x[:, 0]))
         for n, sample in enumerate(x):
@@ -336,7 +303,5 @@ class TestBadInput:
 
     @pytest.mark.parametrize('shape', [(8, ), (), (2, 4, 3, 3), (2, 16)], ids=str)
     def test_input_is_refused_with_both_shapes(self, shape):
-        with pytest.raises(ValueError, match='CE expects') as error:
+        with pytest.raises(ValueError, match=rf'CE expects .*8.*{re.escape(str(shape))}'):
             CE(8)(torch.zeros(shape))
-        assert str(shape) in str(error.value)
-        assert '8' in str(error.value)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from conftest import HALF
-from helpers.layers import kept_maps, random_input, same_state, state
+from helpers.layers import check_gradients, random_input, same_state, state
 from torch import nn
 
 from cenet_mmdet import DBN, IterNorm
@@ -28,12 +28,6 @@ def group_pixels(x, d):
     return x.transpose(0, 1).reshape(x.shape[1] // d, d, -1)
 
 
-def batch_covariance(x, d, eps=0.):
-    """Covariance of each group by torch.cov: (N, C, ...) -> (G, d, d)."""
-    return torch.stack([torch.cov(group, correction=0) + eps * torch.eye(d, dtype=x.dtype)
-                        for group in group_pixels(x, d)])
-
-
 def eigen_function(sigma, function):
     """D f(Lambda) D^T of sigma = D Lambda D^T."""
     values, vectors = torch.linalg.eigh(sigma)
@@ -50,7 +44,9 @@ def newton_gain(share, iterations):
 
 def expected_whitening(norm, x):
     """The whitening matrices of both papers, by eigendecomposition."""
-    sigma = batch_covariance(x, norm.group_size, norm.eps)
+    d = norm.group_size
+    sigma = torch.stack([torch.cov(group, correction=0) + norm.eps * torch.eye(d)
+                         for group in group_pixels(x, d)])
     if isinstance(norm, DBN):
         return eigen_function(sigma, torch.rsqrt)
     trace = sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -74,23 +70,12 @@ class TestWhitening:
         expected = norm.weight[:, None] * white + norm.bias[:, None]
         torch.testing.assert_close(norm(x).transpose(0, 1).reshape(8, -1), expected)
 
-    @pytest.mark.parametrize(('layer', 'make', 'options', 'error'), [
-        (DBN, correlated_input, {}, 1e-8),
-        (IterNorm, random_input, dict(num_iters=12), 1e-6)])  # well-conditioned
-    def test_whitens(self, layer, make, options, error):
-        x = make(4, 8, 6, 5)
-        y = layer(8, group_size=4, eps=1e-12, affine=False, **options)(x)
-        identity = torch.eye(4, dtype=x.dtype).expand(2, 4, 4)
-        torch.testing.assert_close(batch_covariance(y, 4), identity, rtol=0, atol=error)
-        torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(8, dtype=x.dtype))
-
     @pytest.mark.parametrize(('layer', 'options'), [(IterNorm, dict(num_iters=1)), (DBN, {})])
     def test_one_channel_per_group_is_batch_norm(self, layer, options):
         ours, batch_norm = layer(6, group_size=1, **options).double(), nn.BatchNorm2d(6).double()
-        with torch.no_grad():
-            for norm in (ours, batch_norm):
-                norm.weight.copy_(torch.linspace(-1, 2, 6))
-                norm.bias.copy_(torch.linspace(3, -1, 6))
+        for norm in (ours, batch_norm):
+            norm.weight.data = torch.linspace(-1, 2, 6, dtype=torch.float64)
+            norm.bias.data = torch.linspace(3, -1, 6, dtype=torch.float64)
         x = correlated_input(4, 6, 6, 5)
         torch.testing.assert_close(ours(x), batch_norm(x))
 
@@ -100,28 +85,16 @@ class TestGradients:
     @each_layer
     @both_modes
     def test_gradcheck(self, layer, training):
-        """Input and parameters, first and second order."""
         norm = layer(4, group_size=2, dtype=torch.float64)
+        nn.init.normal_(norm.weight)
         norm(correlated_input(4, 4, 5, 5, seed=1))  # statistics that are not the initial ones
-        norm.train(training)
-        inputs = (correlated_input(2, 4, 1, 3).requires_grad_(),
-                  random_input(4, seed=2).requires_grad_(),
-                  random_input(4, seed=3).requires_grad_())
-
-        def function(x, weight, bias):
-            return torch.func.functional_call(norm, dict(weight=weight, bias=bias), (x, ))
-
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        check_gradients(norm.train(training), correlated_input(2, 4, 1, 3))
 
     @pytest.mark.parametrize('spread', [0, 1e-12, 1e-7, 1e-3])
     def test_dbn_gradcheck_with_equal_eigenvalues(self, spread):
         """Where autograd's gradient of eigh is not finite."""
         scale = 1 + spread * torch.arange(3, dtype=torch.float64)
-        x = (white_input() * scale).requires_grad_()
-        norm = DBN(3, affine=False)
-        assert torch.autograd.gradcheck(norm, x)
-        assert torch.autograd.gradgradcheck(norm, x)
+        check_gradients(DBN(3, affine=False), white_input() * scale)
 
     def test_single_precision_gradient_of_white_features(self):
         x = white_input(torch.float32).repeat(8, 1)
@@ -133,12 +106,6 @@ class TestGradients:
             return torch.autograd.grad((DBN(3)(x) * weights.to(x.dtype)).sum(), x)[0]
 
         torch.testing.assert_close(gradient(x).double(), gradient(x.double()), rtol=0, atol=1e-5)
-
-    @each_layer
-    def test_nothing_of_the_size_of_the_map_is_kept_but_the_input(self, layer):
-        norm = layer(32)
-        x = correlated_input(2, 32, 24, 24, dtype=torch.float32).requires_grad_()
-        assert kept_maps(lambda: norm(x), x.numel()) == {x.untyped_storage().data_ptr()}
 
     @each_layer
     def test_training_step_between_eval_forward_and_backward(self, layer):
@@ -159,8 +126,7 @@ class TestStatistics:
         norm = layer(8, group_size=4, momentum=0.3, dtype=torch.float64)
         assert set(norm.state_dict()) == {'weight', 'bias', 'running_mean', 'running_whitening',
                                           'num_batches_tracked'}
-        mean = torch.zeros(8, dtype=torch.float64)
-        whitening = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
+        mean, whitening = torch.zeros(8).double(), torch.eye(4).double().expand(2, 4, 4)
         for seed in range(2):
             x = correlated_input(4, 8, 6, 5, seed=seed)
             norm(x)
@@ -223,14 +189,6 @@ class TestInput:
         # An error of W by one part in 256, applied to 50, would be 0.2.
         assert mean.abs().max() < 0.05
 
-    @each_layer
-    def test_half_precision_model(self, layer):
-        norm = layer(8).bfloat16()
-        y = norm(correlated_input(4, 8, 6, 5, dtype=torch.bfloat16))
-        assert y.dtype == norm.running_whitening.dtype == torch.bfloat16
-        assert torch.isfinite(norm.running_whitening).all()
-
-
 @each_layer
 class TestErrors:
 
@@ -245,13 +203,12 @@ class TestErrors:
             layer(8)(torch.zeros(shape))
         layer(8).eval()(torch.zeros(shape))
 
-    @pytest.mark.parametrize('arguments', [
-        dict(num_features=0), dict(num_features=8.), dict(group_size=0), dict(eps=0.),
-        dict(eps=float('inf')), dict(momentum=1.5), dict(momentum=-0.1)], ids=str)
-    def test_bad_arguments(self, layer, arguments):
-        name, = arguments
+    @pytest.mark.parametrize(('name', 'value'), [
+        ('num_features', 0), ('num_features', 8.), ('group_size', 0), ('eps', 0.),
+        ('eps', float('inf')), ('momentum', 1.5), ('momentum', -0.1)])
+    def test_bad_arguments(self, layer, name, value):
         with pytest.raises(ValueError, match=name):
-            layer(**{'num_features': 8, **arguments})
+            layer(**{'num_features': 8, name: value})
 
 
 def test_bad_iterations():

@@ -35,7 +35,8 @@ def test_operations_of_a_layer(name):
     with torch.no_grad():
         evaluation, _ = count_operations(forward, backward=False)
     counts = tuple(sum(counted.values()) for counted in (ahead, back, evaluation))
-    assert all(count <= ceiling for count, ceiling in zip(counts, CEILINGS[name])), counts
+    ceilings = CEILINGS[name]
+    assert all(count <= ceiling for count, ceiling in zip(counts, ceilings)), counts
 
 
 @pytest.mark.parametrize('mode', ['training', 'frozen norm', 'evaluation'])

@@ -109,22 +109,18 @@ def test_finite_in_finite_out(cls, case, dtype):
     assume(exact.abs().max() < torch.finfo(dtype).max if exact.numel() else True)
     y.double().sum().backward()
     assert (y.shape, y.dtype, x.grad.dtype) == (x.shape, dtype, dtype)
-    assert y.isfinite().all()
-    assert x.grad.isfinite().all()
-    assert all(value.isfinite().all() for value in state(layer).values())
+    gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+    assert all(t.isfinite().all() for t in (y, x.grad, *gradients, *state(layer).values()))
     assert x.numel() or same_state(before, layer)
-    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
 
 
 @needs_float16
 @given(cases(), st.sampled_from([0.5, 0.9, 0.999]), st.booleans())
 def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
     """Finite wherever float64's result can be represented in float16, behind a norm too."""
-    dtype = torch.float16
-    x = case.input(torch.float64)
-    largest = float(x.abs().max()) if x.numel() else 0.
-    assume(largest > 0)
-    x = (x / largest * share * torch.finfo(dtype).max).to(dtype)
+    x, limit = case.input(torch.float64), torch.finfo(torch.float16).max
+    assume(x.any())
+    x = (x / x.abs().max() * share * limit).half()
     ce = case.layer()
     exact = copy.deepcopy(ce).double()
     if behind_norm:
@@ -134,8 +130,7 @@ def test_half_precision_at_the_edge_of_overflow(case, share, behind_norm):
         y, expected = batch_norm_ce(norm, ce, x), exact(copy.deepcopy(norm).double()(x.double()))
     else:
         y, expected = ce(x), exact(x.double())
-    representable = expected.abs() < 0.98 * torch.finfo(dtype).max
-    assert y.isfinite()[representable].all()
+    assert y.isfinite()[expected.abs() < 0.98 * limit].all()
     assert all(value.isfinite().all() for value in state(ce).values())
 
 
@@ -211,15 +206,6 @@ def test_evaluation_does_not_mix_samples(cls, case):
     assert same_state(before, layer)
 
 
-@given(cases(smallest=1), st.randoms(use_true_random=False))
-def test_permuting_samples_permutes_outputs(case, random):
-    ours, theirs = case.layer(torch.float64), case.layer(torch.float64)
-    x = case.input(torch.float64)
-    order = random.sample(range(len(x)), len(x))
-    close(ours(x[order]), theirs(x)[order])
-    close_states(state(ours), state(theirs))
-
-
 @given(cases(smallest=1))
 def test_groups_are_whitened_by_themselves(case):
     """BD on a group's channels alone gives what BD on all channels gives them."""
@@ -239,13 +225,11 @@ def batch_norm_and_ce(channels, **options):
     return both
 
 
-def decorrelating(cls):
-    return lambda channels, group_size, **_: cls(channels, group_size, dtype=torch.float64)
-
-
-TRACKING = {'CE': lambda channels, **options: new_layer(CE, channels, **options),
-            'BN + CE': batch_norm_and_ce, 'IterNorm': decorrelating(IterNorm),
-            'DBN': decorrelating(DBN)}
+TRACKING = {
+    'CE': lambda channels, **options: new_layer(CE, channels, **options),
+    'BN + CE': batch_norm_and_ce,
+    'IterNorm': lambda channels, group_size, **_: IterNorm(channels, group_size).double(),
+    'DBN': lambda channels, group_size, **_: DBN(channels, group_size).double()}
 
 
 @pytest.mark.parametrize('build', TRACKING.values(), ids=TRACKING)
@@ -264,20 +248,6 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(build, case, value, data):
     assert same_state(before, layer)
     assert torch.equal(layer(x), untouched(x))
     assert same_state(state(untouched), layer)
-
-
-@given(cases(smallest=1, kinds=KINDS[:4], scales=SCALES[1:], offsets=OFFSETS[:3]), st.booleans())
-def test_bn_and_ce_in_one_are_one_after_the_other(case, norm_learns):
-    """At scales where batch norm's own eps does not decide alone."""
-    ce, x = case.layer(torch.float64), case.input(torch.float64)
-    norm = nn.BatchNorm2d(case.shape[1], dtype=torch.float64).train(norm_learns)
-    nn.init.uniform_(norm.weight, 0.1, 2)
-    nn.init.normal_(norm.bias)
-    x = x.reshape(*x.shape[:2], -1, 1)
-    assume(can_fuse(norm, ce, x))
-    apart = copy.deepcopy(norm), copy.deepcopy(ce)
-    close(batch_norm_ce(norm, ce, x), apart[1](apart[0](x)), 1e-6)
-    close_states(state(norm, ce), state(*apart), 1e-6)
 
 
 @each_layer
@@ -299,8 +269,7 @@ def test_freezing_is_what_it_says(case):
     y = ce(x)
     moved = {name for name, value in state(ce).items() if not torch.equal(before[name], value)}
     tracks = ce.freeze != 'all' and x.numel() > 0
-    assert ('0.num_batches_tracked' in moved) is tracks
-    assert bool(moved) is tracks
+    assert ('0.num_batches_tracked' in moved) is bool(moved) is tracks
     for name, parameter in ce.named_parameters():
         frozen = ('adaptive', 'all') if name != 'strength' else ('all', )
         assert parameter.requires_grad is (ce.freeze not in frozen)
@@ -317,9 +286,8 @@ def splits(draw):
     shapes = [(draw(st.integers(0, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5)))
               for _ in range(3)]
     assume(any(n > 0 and h * w > 1 for n, h, w in shapes))  # else there is no variance
-    inputs = shapes, draw(CHANNELS), draw(st.integers(0, 999)), draw(
-        st.sampled_from([1e-3, 1., 1e2]))
-    return inputs, options
+    channels, seed = draw(CHANNELS), draw(st.integers(0, 999))
+    return (shapes, channels, seed, draw(st.sampled_from([1e-3, 1., 1e2]))), options
 
 
 def sync_batch_norm(cls, channels):

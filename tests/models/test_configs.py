@@ -67,8 +67,8 @@ def test_what_learns_and_which_statistics_are_used(row):
     ce = {name: m for name, m in backbone.named_modules() if isinstance(m, CE)}
     counts = {'mask_rcnn_r50.py': 0, 'mask_rcnn_r101.py': 0, 'mask_rcnn_ce_r101.py': 8}
     assert len(ce) == counts.get(row, 14)
-    assert {name.split('.')[0] for name, m in ce.items() if m.uses_batch_statistics} == \
-        batch_stages
+    using = {name.split('.')[0] for name, m in ce.items() if m.uses_batch_statistics}
+    assert using == batch_stages
     synchronized = 'syncce' in row
     assert {type(m) for m in ce.values()} <= {SyncCE if synchronized else CE}
     for name, norm in backbone.named_modules():
@@ -85,12 +85,10 @@ def test_what_learns_and_which_statistics_are_used(row):
 def test_1x_is_half_of_2x(row):
     two, one = config(row), config(f'{row[:-3]}_1x.py')
     assert (two.train_cfg.max_epochs, one.train_cfg.max_epochs) == (24, 12)
-    assert two.param_scheduler[1].milestones == [16, 22]
-    assert (one.param_scheduler[1].milestones, one.param_scheduler[1].end) == ([8, 11], 12)
-    assert one.param_scheduler[0] == two.param_scheduler[0]
-    assert one.model == two.model
-    assert one.optim_wrapper == two.optim_wrapper
-    assert one.auto_scale_lr.base_batch_size == 16
+    (warm_up, two_steps), (same_warm_up, steps) = two.param_scheduler, one.param_scheduler
+    assert (two_steps.milestones, steps.milestones, steps.end) == ([16, 22], [8, 11], 12)
+    assert same_warm_up == warm_up and one.auto_scale_lr.base_batch_size == 16
+    assert one.model == two.model and one.optim_wrapper == two.optim_wrapper
 
 
 class TestDistributedDataParallel:
@@ -146,8 +144,7 @@ class TestFilesOf2014:
         cfg = Config.fromfile(CONFIGS / 'mask_rcnn_ce_r50.py')
         metainfo = dict(classes=('disk', 'square', 'triangle', 'star', 'cross'))
         for part in cfg.train_dataloader.dataset.datasets:
-            part.metainfo = metainfo
-            part.filter_cfg = dict(filter_empty_gt=False)
+            part.update(metainfo=metainfo, filter_cfg=dict(filter_empty_gt=False))
         init_default_scope('mmdet')
         train = DATASETS.build(cfg.train_dataloader.dataset)
         folders = [Path(train.get_data_info(i)['img_path']).parent.name for i in range(len(train))]
@@ -172,14 +169,13 @@ class TestFilesOf2014:
 
 
 def test_configs_read_the_environment(monkeypatch):
-    monkeypatch.setenv('COCO_ROOT', '/somewhere/coco')
+    monkeypatch.setenv('COCO_ROOT', '/coco')
     monkeypatch.setenv('CE_RESNET50_CHECKPOINT', '/somewhere/ce.pth')
     cfg = Config.fromfile(CONFIGS / 'mask_rcnn_ce_r50.py')
     for split in ('train', 'val', 'test'):
-        assert cfg[f'{split}_dataloader'].dataset.data_root == '/somewhere/coco/'
-    for split in ('val', 'test'):
-        ann_file = cfg[f'{split}_evaluator'].ann_file
-        assert ann_file == '/somewhere/coco/annotations/instances_val2017.json'
+        assert cfg[f'{split}_dataloader'].dataset.data_root == '/coco/'
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert evaluator.ann_file == '/coco/annotations/instances_val2017.json'
     assert cfg.model.backbone.init_cfg.checkpoint == '/somewhere/ce.pth'
 
 

@@ -63,7 +63,7 @@ def test_a_wheel_without_working_operators_is_built_anew(steps, monkeypatch, tmp
 def test_an_environment_without_pip_is_completed(steps, tmp_path):
     """As an interruption during its creation leaves it."""
     venv = tmp_path / 'venv'
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(venv)], check=True)
+    run(sys.executable, '-m', 'venv', '--without-pip', venv)
     python = str(venv / 'bin/python')
     setup_env.create_venv(steps, venv, python)
     assert not subprocess.run([python, '-m', 'pip', '--version'], capture_output=True).returncode

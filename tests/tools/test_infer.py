@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, tool
+from conftest import ROOT, run, run_here, tool
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -62,34 +62,26 @@ def photos(shapes, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def infer(config, checkpoint, tmp_path_factory):
-    """Run the command in a folder of its own; returns the result and the folder."""
-
-    def run_it(*arguments, config=config, checkpoint=checkpoint):
-        folder = tmp_path_factory.mktemp('cwd')
-        result = tool('infer.py', *arguments, '--config', config, '--checkpoint', checkpoint,
-                      '--device', 'cpu', cwd=folder, check=False)
-        assert 'Traceback' not in result.stderr
-        return result, folder
-
-    return run_it
+def command(config, checkpoint):
+    """Arguments of the tool for this model, or another one."""
+    return lambda *arguments, config=config, checkpoint=checkpoint: (
+        'infer.py', '--config', config, '--checkpoint', checkpoint, '--device', 'cpu', *arguments)
 
 
 @pytest.fixture(scope='module')
-def done(infer, photos):
-    return infer(photos, '--score', 0, '--batch-size', 2)
+def done(command, photos, tmp_path_factory):
+    """The result for the photos, and the folder that it was started in."""
+    folder = tmp_path_factory.mktemp('done')
+    with pytest.MonkeyPatch.context() as patch:
+        result = run_here(patch, *command(photos, '--score', 0, '--batch-size', 2), cwd=folder)
+    return result, folder
 
 
 @pytest.fixture
-def infer_here(config, checkpoint, tool_here, tmp_path_factory):
-    """The same within this process, which has imported MMDetection."""
+def infer(command, tool_here, tmp_path_factory):
     folder = tmp_path_factory.mktemp('cwd')
-
-    def run_it(*arguments, config=config, checkpoint=checkpoint):
-        return tool_here('infer.py', '--config', config, '--checkpoint', checkpoint,
-                         '--device', 'cpu', *arguments, cwd=folder), folder
-
-    return run_it
+    return lambda *arguments, **options: (
+        tool_here(*command(*arguments, **options), cwd=folder), folder)
 
 
 def results(folder):
@@ -117,11 +109,11 @@ def test_results_are_cocos(done, photos):
         assert CLASSES[entry['category_id'] - 1] == entry['category']
         assert 0 < entry['score'] <= 1
         height, width = cv2.imread(str(photos / entry['file_name'])).shape[:2]
-        mask = coco_masks.decode(entry['segmentation'])
-        assert mask.shape == (height, width)
         x, y, box_width, box_height = entry['bbox']
         assert 0 <= x < x + box_width <= width + 1e-3
         assert 0 <= y < y + box_height <= height + 1e-3
+        mask = coco_masks.decode(entry['segmentation'])
+        assert mask.shape == (height, width)
         rows, columns = mask.nonzero()
         if len(rows):
             assert x - 1 <= columns.min() <= columns.max() <= x + box_width
@@ -137,8 +129,8 @@ def test_pictures_show_detections(done, photos):
         assert 0.001 < changed.mean() < 0.9
 
 
-def test_fused_model_finds_the_same_above_score_none_is_drawn(done, infer_here, photos):
-    result, folder = infer_here(photos, '--fuse', '--score', 0.999, '--out', 'deep/fused')
+def test_fused_model_finds_the_same_above_score_none_is_drawn(done, infer, photos):
+    result, folder = infer(photos, '--fuse', '--score', 0.999, '--out', 'deep/fused')
     assert result.returncode == 1
     expected, found = results(done[1] / 'inference'), results(folder / 'deep/fused')
     assert len(found) == len(expected)
@@ -151,11 +143,11 @@ def test_fused_model_finds_the_same_above_score_none_is_drawn(done, infer_here, 
     np.testing.assert_array_equal(picture, cv2.imread(str(photos / 'a/same.png')))
 
 
-def test_several_paths_and_a_bare_state_dict(infer_here, checkpoint, photos, tmp_path):
+def test_several_paths_and_a_bare_state_dict(infer, checkpoint, photos, tmp_path):
     """Names are relative to the common folder; classes are the config's."""
     bare = tmp_path / 'bare.pth'
     torch.save(torch.load(checkpoint, weights_only=False)['state_dict'], bare)
-    result, folder = infer_here(photos / 'b', photos / 'a/same.png', photos / 'b/c/same.png',
+    result, folder = infer(photos / 'b', photos / 'a/same.png', photos / 'b/c/same.png',
                                 checkpoint=bare)
     assert result.returncode == 0
     found = results(folder / 'inference')
@@ -170,22 +162,21 @@ class TestBadInputs:
     """One line, another exit status than 0, and nothing is written."""
 
     @pytest.fixture
-    def refusal(self, infer_here):
-
+    def refusal(self, infer):
         def run_it(*arguments, **options):
-            result, folder = infer_here(*arguments, **options)
-            assert result.returncode == 1
-            assert result.stderr.count('\n') == 1
+            result, folder = infer(*arguments, **options)
+            assert (result.returncode, result.stderr.count('\n')) == (1, 1)
             assert not list(folder.iterdir())
             return result.stderr
 
         return run_it
 
-    def test_the_line_is_all_that_stderr_has(self, infer, photos):
-        result, folder = infer(photos / 'a/broken.jpg')
+    def test_the_line_is_all_that_stderr_has(self, command, photos, tmp_path):
+        """Of a process of its own."""
+        result = tool(*command(photos / 'a/broken.jpg'), cwd=tmp_path, check=False)
         assert result.returncode == 1
         assert result.stderr == '1 of 1 images could not be read: broken.jpg\n'
-        assert not list(folder.iterdir())
+        assert not list(tmp_path.iterdir())
 
     def test_images(self, refusal, tmp_path, photos):
         assert f'no images in {tmp_path}:' in refusal(tmp_path)
@@ -204,12 +195,10 @@ class TestBadInputs:
     def test_another_models_checkpoint(self, refusal, photos, checkpoint, tmp_path):
         """MMDetection would go on with random weights."""
         content = torch.load(checkpoint, weights_only=False)
-        removed = 'roi_head.bbox_head.fc_cls.weight'
-        del content['state_dict'][removed]
+        del content['state_dict']['roi_head.bbox_head.fc_cls.weight']
         torch.save(content, tmp_path / 'other.pth')
         message = refusal(photos, checkpoint=tmp_path / 'other.pth')
-        assert 'does not fit' in message
-        assert removed in message
+        assert 'does not fit' in message and 'roi_head.bbox_head.fc_cls.weight' in message
 
     def test_unset_statistics_cannot_be_folded(self, refusal, photos, checkpoint, tmp_path):
         content = torch.load(checkpoint, weights_only=False)
@@ -219,15 +208,15 @@ class TestBadInputs:
         assert 'backbone.ce1 (its statistics were never trained' in message
 
 
-def test_pictures_of_an_earlier_run_are_no_images(infer_here, photos, tmp_path):
+def test_pictures_of_an_earlier_run_are_no_images(infer, photos, tmp_path):
     """Where OUT lies inside the folder given; OUT/vis itself is never written over."""
     shutil.copytree(photos / 'b', tmp_path / 'photos')
     (tmp_path / 'photos/out/vis').mkdir(parents=True)
     shutil.copy(photos / 'upper.JPG', tmp_path / 'photos/out/vis/old.jpg')
-    result, _ = infer_here(tmp_path / 'photos', '--out', tmp_path / 'photos/out')
+    result, _ = infer(tmp_path / 'photos', '--out', tmp_path / 'photos/out')
     assert result.returncode == 0
     assert {entry['file_name'] for entry in results(tmp_path / 'photos/out')} == {'c/same.png'}
-    result, _ = infer_here(tmp_path / 'photos/out/vis', '--out', tmp_path / 'photos/out')
+    result, _ = infer(tmp_path / 'photos/out/vis', '--out', tmp_path / 'photos/out')
     assert 'would be overwritten' in result.stderr
 
 
