@@ -21,10 +21,10 @@ from .steps.grouping import check_channels, fitting_group_size, grouped, ungroup
 from .steps.mix import mix
 from .steps.moments import (
     BatchMoments,
-    batch_moments,
     instance_moments,
     instance_variance,
     statistics_dtype,
+    with_batch_moments,
 )
 from .steps.reweighting import InstanceReweighting, instance_scale
 from .steps.running import read, track
@@ -189,7 +189,8 @@ class CE(nn.Module):
         with without_autocast(x):
             maps = grouped(x, self.num_groups)  # (N, G, d, L)
             if self.takes_statistics_from(x):
-                samples = batch_moments(maps) if self.has_bd else instance_moments(maps)
+                maps, samples = (with_batch_moments(maps) if self.has_bd
+                                 else (maps, instance_moments(maps)))
                 variance, batch = samples.variance, self.over_ranks(samples)
                 whitening, scale = self.batch_statistics(batch)
                 self.track(batch, whitening, scale)

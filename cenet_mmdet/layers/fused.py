@@ -24,10 +24,10 @@ from .steps.apply import apply_behind
 from .steps.grouping import check_channels, grouped, ungrouped, without_autocast
 from .steps.moments import (
     BatchMoments,
-    batch_moments,
     instance_variance,
     safe_count,
     statistics_dtype,
+    with_batch_moments,
 )
 from .steps.running import read, track
 
@@ -45,7 +45,7 @@ def fused_batch_norm_ce(norm: _BatchNorm, ce: CE, z: Tensor) -> Tensor:
     with without_autocast(z):
         maps = grouped(z, ce.num_groups)  # (N, G, d, L)
         if ce.takes_statistics_from(z):
-            samples = batch_moments(maps)
+            maps, samples = with_batch_moments(maps)
             batch = ce.over_ranks(samples)
             affine = batch_affine(norm, batch) if uses_batch(norm) else running_affine(norm, maps)
             batch_x = affine.moments(batch)

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .arguments import check_eps_and_momentum, check_integers
 from .steps.apply import apply_centred
 from .steps.grouping import check_channels, fitting_group_size, grouped, ungrouped, without_autocast
-from .steps.moments import batch_moments, statistics_dtype
+from .steps.moments import BatchMoments, statistics_dtype, with_batch_moments
 from .steps.running import read, track
 from .steps.whitening import newton_whitening, trace
 
@@ -93,14 +93,14 @@ class _WhiteningNorm(nn.Module):
         with without_autocast(x):
             maps = grouped(x, self.num_groups)
             if self.training and x.numel() > 0:
-                mean, whitening = self._batch_statistics(maps)
+                maps, batch = with_batch_moments(maps)
+                mean, whitening = self._batch_statistics(batch)
             else:
                 mean, whitening = self._running_statistics(maps)
             return ungrouped(self._normalize(maps, mean, whitening), like=x)
 
-    def _batch_statistics(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def _batch_statistics(self, batch: BatchMoments) -> Tuple[Tensor, Tensor]:
         """Mean (G, d) and W (G, d, d) of this batch, which are tracked."""
-        batch = batch_moments(x)
         whitening = self.whitening_matrix(batch.covariance)
         track([(self.running_mean, batch.mean), (self.running_whitening, whitening)],
               self.momentum, self.num_batches_tracked,
