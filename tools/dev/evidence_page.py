@@ -88,9 +88,7 @@ def networks_table(results: Results) -> str:
     rows = []
     for (norm, act), label in NETWORKS.items():
         without, with_ce = (find(results, ce, norm, act) for ce in (None, 'ce'))
-        if norm == 'iternorm':
-            with_ce = []
-        cells = [cell(last(runs, name)) if runs or norm != 'iternorm' else '-'
+        cells = ['-' if runs is with_ce and norm == 'iternorm' else cell(last(runs, name))
                  for name in ('inhibited', 'accuracy') for runs in (without, with_ce)]
         rows.append([label, *cells])
     return table(['', 'inhibited', 'with CE', 'accuracy', 'with CE'], rows)
