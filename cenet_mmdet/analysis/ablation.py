@@ -1,6 +1,6 @@
 """Cumulative ablation of random channels (section 5.2, Figures 1c and 4c; Morcos et al., 2018)."""
 from contextlib import ExitStack, contextmanager
-from typing import Callable, Dict, Iterator, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,20 @@ def zero_channels(model: nn.Module, layers: Union[str, Sequence[str]], fraction:
     """
     if not 0 <= fraction <= 1:
         raise InputError(f'fraction must lie in [0, 1], got {fraction!r}')
-    dead, followers = {}, ce_layers(model).values()
+    dead: Dict[nn.Module, Tensor] = {}
+    followers = ce_layers(model).values()
 
-    def after_norm(norm, inputs, output):
+    def after_norm(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         zeroed = output.index_fill(1, dead[norm].to(output.device), 0)
         if followers:  # which take the whole output
             mark(zeroed, (output, dead[norm]))
         return zeroed
 
-    def before_ce(ce, inputs):
+    def before_ce(ce: nn.Module, inputs: Any) -> Any:
         whole, dead[ce] = origin_of(inputs[0]) or (inputs[0], torch.tensor([], dtype=torch.long))
         return (whole, *inputs[1:])
 
-    def after_ce(ce, inputs, output):
+    def after_ce(ce: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output.index_fill(1, dead[ce].to(output.device), 0)
 
     generator = torch.Generator().manual_seed(seed)
@@ -65,14 +66,14 @@ def ablation_curve(model: nn.Module,
         (seeds, fractions), float64, in the unit of the metric; a dict of these if `evaluate`
         returns a dict. A metric that a call does not return is NaN there.
     """
-    results = []
+    results: List[Any] = []
     with evaluating(model):
         for seed in seeds:
             for fraction in fractions:
                 with zero_channels(model, layers, fraction, seed):
                     results.append(evaluate(model))
 
-    def curve(values):
+    def curve(values: Iterable[Any]) -> Tensor:
         return torch.tensor([float(v) for v in values], dtype=torch.float64).view(len(seeds), -1)
 
     if not isinstance(results[0], Mapping):

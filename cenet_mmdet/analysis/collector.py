@@ -2,7 +2,7 @@
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,15 @@ class Collector:
             are those of the passes before, or None.
     """
 
-    def __init__(self, model: nn.Module, layers: Dict[str, nn.Module],
-                 measure: Callable[[nn.Module, tuple, Tensor, Any], Any]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module],
+                 measure: Callable[[Any, Any, Tensor, Any], Any]) -> None:
         self._model = model
-        self._layers = layers
+        self._layers: Mapping[str, Any] = layers
         self._measure = measure
-        self._found = {}  # by (name, number of the call), in the order of calls
-        self._calls = None  # of each layer so far, inside a pass
+        self._found: Dict[Tuple[str, int], Any] = {}  # by name and number of the call
+        self._calls: Optional[Counter] = None  # of each layer so far, inside a pass
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self._handles = [self._model.register_forward_pre_hook(self._start),
                          *(layer.register_forward_hook(partial(self._record, name))
                            for name, layer in self._layers.items()),
@@ -46,17 +46,17 @@ class Collector:
                          self._model.register_forward_hook(self._finish)]
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _start(self, model, inputs) -> None:
+    def _start(self, *_: Any) -> None:
         self._calls = Counter()
 
-    def _finish(self, model, inputs, output) -> None:
+    def _finish(self, *_: Any) -> None:
         self._calls = None
 
-    def _record(self, name: str, layer, inputs, output) -> None:
+    def _record(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         if self._calls is None:
             return
         self._calls[name] += 1
@@ -94,7 +94,7 @@ class Moments(NamedTuple):
 
     `rounding` is the relative error of the rows, from their type.
     """
-    count: int
+    rows: int
     mean: Tensor
     covariance: Tensor
     rounding: float
@@ -114,8 +114,8 @@ def moments(rows: Tensor, before: Optional[Moments] = None) -> Moments:
     covariance = deviation.mT @ deviation / count
     if before is not None:
         shift = mean - before.mean.unsqueeze(-2)
-        count += before.count
-        old = before.count / count
+        count += before.rows
+        old = before.rows / count
         mean = mean - old * shift
         covariance = torch.lerp(covariance, before.covariance, old)
         covariance += old * (1 - old) * shift.mT @ shift
@@ -130,9 +130,9 @@ def first_non_finite(model: nn.Module) -> Iterator[List[str]]:
     not be computed in one. These two are not called then: the module behind them is found.
     """
     names = {module: name for name, module in model.named_modules() if name}
-    found = []
+    found: List[str] = []
 
-    def look(module, inputs, output):
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
         if not found and module in names and not is_finite(output):
             advice = ('its input is finite, so check its weights' if is_finite(inputs) else
                       'its input has them too, so check the images and what comes before it')

@@ -1,11 +1,12 @@
 """Parameters and multiply-adds of networks with CE layers."""
 from contextlib import ExitStack
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..utils.files import PathLike
 from .modules import ce_layers, evaluating
 
 
@@ -25,10 +26,10 @@ def complexity(model: nn.Module, run: Callable[[], object]) -> Complexity:
     counter = FlopCounterMode(display=False)
     starts, saved = {}, []
 
-    def before(ce, inputs):
+    def before(ce: nn.Module, inputs: Any) -> None:
         starts[ce] = counter.get_total_flops()
 
-    def after(ce, inputs, output):
+    def after(ce: Any, inputs: Any, output: Tensor) -> None:
         merged = 0
         if ce.has_ir:
             # v_n takes one for each element, w_n x another; F two products of C * C / r
@@ -44,7 +45,7 @@ def complexity(model: nn.Module, run: Callable[[], object]) -> Complexity:
     return Complexity(sum(p.numel() for p in model.parameters()), computed, computed - sum(saved))
 
 
-def config_complexity(path, size: Optional[Tuple[int, int]] = None) -> Complexity:
+def config_complexity(path: PathLike, size: Optional[Tuple[int, int]] = None) -> Complexity:
     """Complexity of a config's model, for one generated image; an InputError without the config.
 
     `size` is its height and width, 800 x 1344 for detectors and 224 x 224 for classifiers if None.
@@ -52,7 +53,7 @@ def config_complexity(path, size: Optional[Tuple[int, int]] = None) -> Complexit
     from ..models.build import build_model, input_channels
 
     torch.manual_seed(0)
-    model = build_model(path)
+    model: Any = build_model(path)
     channels = input_channels(model)
     if not (hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')):
         image = torch.randn(1, channels, *(size or (224, 224)))

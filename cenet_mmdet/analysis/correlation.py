@@ -1,5 +1,5 @@
 """Correlations between channels (section 5.2, Figure 5), and the weights w_n (equation 8)."""
-from typing import Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from ..layers import CE
 from ..layers.steps.grouping import grouped
 from ..layers.steps.moments import instance_variance
 from ..utils.errors import InputError
-from .collector import Collector, module_name, moments, pixels
+from .collector import Collector, Moments, module_name, moments, pixels
 from .modules import Layers, ce_layers, norms, select
 
 POINTS = 'input', 'bd', 'ir', 'output'  # of a CE layer, as in Figure 5
@@ -53,7 +53,7 @@ class ChannelCorrelations(Collector):
     """
 
     def __init__(self, model: nn.Module, layers: Layers = None) -> None:
-        found = ce_layers(model) if layers is None else {}
+        found: Dict[str, nn.Module] = {**ce_layers(model)} if layers is None else {}
         found = found or {**ce_layers(model), **norms(model)}
         super().__init__(model, select(found, layers, 'CE layer or norm'), _points)
 
@@ -73,7 +73,7 @@ class ChannelCorrelations(Collector):
         return results
 
 
-def _points(layer, inputs, output, before):
+def _points(layer: nn.Module, inputs: Any, output: Tensor, before: Any) -> Dict[str, Moments]:
     maps = {'output': output}
     if isinstance(layer, CE):
         x = maps['input'] = inputs[0]
@@ -120,7 +120,7 @@ class ReweightingSpread(Collector):
         """By CE layer with IR, in the order of calls; empty unless there were two images."""
         found = {}
         for label, weights in self.statistics().items():
-            if weights.count > 1:
+            if weights.rows > 1:
                 spread = (weights.covariance.sqrt().squeeze(-1) / weights.mean).flatten().cpu()
                 found[label] = Spread(spread, spread.mean().item())
         return found

@@ -1,7 +1,7 @@
 """Figures of a channel report and of training logs; each returns whether it had data to draw."""
 import json
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -109,7 +109,7 @@ def magnitudes(images: Sequence, maps: Mapping[str, Sequence], path: Path) -> bo
 
 def read_curves(run: Path) -> Curves:
     """What `ChannelHealthHook` logged in a run, from its work dir; an InputError if nothing."""
-    records = []
+    records: List[Dict] = []
     for log in sorted([*run.glob('vis_data/scalars.json'), *run.glob('*/vis_data/scalars.json')]):
         # A run that goes on may be writing the last line.
         lines = log.read_text().rpartition('\n')[0].splitlines()
@@ -119,7 +119,7 @@ def read_curves(run: Path) -> Curves:
     if not records:
         raise InputError(f'{run} has no measurements of channels in */vis_data/scalars.json; give '
                          "the work dir of a run with custom_hooks=[dict(type='ChannelHealthHook')]")
-    curves = {'inhibited': {}, 'correlation': {}, 'lambda': {}}
+    curves: Curves = {'inhibited': {}, 'correlation': {}, 'lambda': {}}
     for record in records:
         for key, value in record.items():
             kind, _, label = key.partition('/')
@@ -148,7 +148,7 @@ def training(runs: Mapping[str, Curves], path: Path) -> bool:
     return _save(figure, path)
 
 
-def _by_depth(axes, series: Mapping[str, Series], **style) -> None:
+def _by_depth(axes: Any, series: Mapping[str, Series], **style: Any) -> None:
     """A line for each series over its layers, from depth 0 to 1, labelled with the stages."""
     for index, (label, layers) in enumerate(series.items()):
         known = [point for point in zip(np.linspace(0, 1, len(layers)), layers.values())
@@ -164,7 +164,7 @@ def _by_depth(axes, series: Mapping[str, Series], **style) -> None:
                         rotation=90 if len(''.join(names)) > 40 else 0)
 
 
-def _save(figure, path: Path) -> bool:
+def _save(figure: Any, path: Path) -> bool:
     for axes in figure.axes:
         if axes.lines:
             axes.spines[['top', 'right']].set_visible(False)

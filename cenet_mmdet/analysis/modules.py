@@ -2,7 +2,7 @@
 import re
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def stage(name: str) -> str:
     return '.'.join(parts[:next(numbered, 1)])
 
 
-def select(candidates: Dict[str, nn.Module], layers: Layers, kind: str) -> Dict[str, nn.Module]:
+def select(candidates: Mapping[str, nn.Module], layers: Layers, kind: str) -> Dict[str, nn.Module]:
     """Those of the candidates, modules by name, that `layers` names; in their order.
 
     `layers` holds names, or regular expressions for whole names; None is all. An InputError is
@@ -93,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def mark(output: Tensor, origin: Any) -> None:
+def mark(output: Any, origin: Any) -> None:
     """Note on a norm's output where it comes from."""
     if output.is_inference():
         raise InputError('measure under torch.no_grad() instead of torch.inference_mode()')

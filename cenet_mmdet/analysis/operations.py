@@ -1,6 +1,6 @@
 """How many operations a computation takes: on a GPU each is a kernel launch, whatever its size."""
 from collections import Counter
-from typing import Callable, Tuple
+from typing import Any, Callable, Tuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,9 +16,10 @@ class CountOperations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = Counter()
+        self.operations: Counter = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
+                           kwargs: Any = None) -> Any:
         name = str(function).split('.')[1]
         if name not in VIEWS and not name.startswith('empty'):
             self.operations[name] += 1

@@ -1,5 +1,5 @@
 """What is learned: gamma, and what BD makes of it (section 3.3, Proposition 1), W and lambda."""
-from typing import Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class GammaGrowth(Collector):
         return found
 
 
-def _gamma(norm: nn.Module) -> Tensor:
+def _gamma(norm: Any) -> Tensor:
     return norm.weight.detach().double().cpu()
 
 

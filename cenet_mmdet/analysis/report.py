@@ -2,6 +2,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -48,7 +49,7 @@ class Report:
 
     def table(self) -> List[Tuple[str, ...]]:
         """Header and a row for each model, with means over its layers."""
-        def mean(series, form):
+        def mean(series: Any, form: str) -> str:
             return format(sum(series.values()) / len(series), form) if series else '-'
 
         return [('model', 'inhibited', 'small |gamma|', 'mean |correlation|', 'lambda'),
@@ -73,7 +74,7 @@ def measure_models(backbones: Mapping[str, nn.Module], first: Mapping[str, Tenso
     An InputError is raised if a network has no rectifier, or neither CE nor norms, or computes
     values that are not finite; and unless the threshold is positive.
     """
-    pairs = {name: norm_ce_pairs(backbone, lambda b=backbone, x=first[name][:1]: b(x))
+    pairs = {name: norm_ce_pairs(backbone, partial(backbone, first[name][:1]))
              for name, backbone in backbones.items()}
     reports = {}
     for name, backbone in backbones.items():

@@ -2,7 +2,7 @@
 import base64
 import html
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, List, Mapping, Sequence, Tuple
 
 from ..utils.files import replacing
 from . import figures
@@ -13,7 +13,7 @@ img { max-width: 100%; } table { border-collapse: collapse; font-size: 0.85rem; 
 th, td { padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } figcaption { color: #444; }'''
 # What draws each figure, its title and explanation.
-SECTIONS = [
+SECTIONS: List[Tuple[Any, str, str]] = [
     (figures.inhibited, 'Inhibited channels', 'Share of channels behind each rectifier with a mean '
      '|activation| below the threshold (Figures 1 and 4d of the paper).'),
     (figures.gammas, 'Gamma', 'Left: share of channels of each norm with |gamma| below the '

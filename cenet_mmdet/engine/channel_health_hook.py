@@ -1,14 +1,14 @@
 """The channels of a network while it trains: a hook for MMEngine's runner."""
 import math
 from contextlib import ExitStack
-from typing import Dict
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.channels import INHIBITED, share_below
 from ..analysis.collector import Collector, first_non_finite, is_finite, pixels
@@ -48,20 +48,21 @@ class ChannelHealthHook(Hook):
         self.interval = interval
         self.threshold = threshold
         self.alarm = alarm
-        self._warned = set()
-        self._watching = None
+        self._warned: Set[Optional[str]] = set()
+        self._watching: Optional[ExitStack] = None
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Any) -> None:
         select(rectifiers(_backbone(runner)), None, 'rectifier module')
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if self.every_n_train_iters(runner, self.interval) and is_main_process():
             self._watching, backbone = ExitStack(), _backbone(runner)
             self._rectified = self._watching.enter_context(
                 Collector(backbone, rectifiers(backbone), measure_rectified))
             self._non_finite = self._watching.enter_context(first_non_finite(_model(runner)))
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                         outputs: Any = None) -> None:
         if self._watching is None:
             return
         self._watching.close()
@@ -81,13 +82,14 @@ class ChannelHealthHook(Hook):
                             **{'lambda': lambdas(_backbone(runner))})
         runner.visualizer.add_scalars(scalars, step=iteration)
 
-    def _warn(self, runner, subject, message: str) -> None:
+    def _warn(self, runner: Any, subject: Optional[str], message: str) -> None:
         if subject not in self._warned:
             self._warned.add(subject)
             runner.logger.warning(message)
 
 
-def measure_rectified(rectifier, inputs, output, before):
+def measure_rectified(rectifier: nn.Module, inputs: Any, output: Tensor,
+                      before: Any) -> Tuple[Tensor, float]:
     """Mean |activation| (C,), and mean |correlation|, of the channels in one batch."""
     rows = pixels(output)
     some = rows[::max(len(rows) // POSITIONS, 1)].float()
@@ -96,18 +98,18 @@ def measure_rectified(rectifier, inputs, output, before):
     return rows.abs().mean(0, dtype=torch.float32), correlation.mean
 
 
-def _model(runner) -> nn.Module:
+def _model(runner: Any) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def _backbone(runner) -> nn.Module:
+def _backbone(runner: Any) -> nn.Module:
     # or the whole of a model without one
     return getattr(_model(runner), 'backbone', _model(runner))
 
 
 def _by_stage(**measured: Dict[str, float]) -> Dict[str, float]:
     """Means over the layers of each stage, {'inhibited/layer1': ...}; a NaN does not count."""
-    stages = {}
+    stages: Dict[str, List[float]] = {}
     for kind, values in measured.items():
         for name, value in values.items():
             if not math.isnan(value):
