@@ -73,9 +73,9 @@ setup(
         'pretrain': ['onedl-mmpretrain>=1.3.6'],
         # tools/deploy.py --onnx
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
-        'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100', 'mypy==2.4.1; python_version >= "3.10"',
-                'onnxruntime', 'onnxscript', 'pre-commit>=3.5', 'psutil', 'pytest>=8',
-                'pytest-xdist>=3.6', 'ruff==0.17.6'],
+        'dev': ['matplotlib', 'pycocotools', 'rich', 'hypothesis>=6.100',
+                'mypy==2.4.1; python_version >= "3.10"', 'onnx', 'onnxruntime', 'onnxscript',
+                'pre-commit>=3.5', 'psutil', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff==0.17.6'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',
