@@ -59,6 +59,7 @@ setup(
         "Authors' code": 'https://github.com/Tangshitao/CENet',
     },
     packages=find_packages(include=['cenet_mmdet', 'cenet_mmdet.*']),
+    package_data={'cenet_mmdet': ['py.typed']},
     cmdclass={'build_py': BuildPy, 'sdist': Sdist},
     entry_points={'console_scripts': ['cenet-mmdet=cenet_mmdet.cli:main']},
     python_requires='>=3.9',

@@ -2,6 +2,7 @@
 import pickle
 import pkgutil
 import re
+import warnings
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,7 +41,8 @@ def load(path: PathLike) -> Any:
     if not Path(path).is_file():
         raise CheckpointError(f'checkpoint not found: {path}. Give the path of a .pth file.')
     try:
-        with _allowed_objects():
+        with _allowed_objects(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch 2.1's own use
             return torch.load(str(path), map_location='cpu', weights_only=True,
                               mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged files raise about anything
@@ -87,7 +89,8 @@ def _explained(error: Exception, path: PathLike) -> CheckpointError:
                                'dict that it was made from.')
     # torch puts pages of advice around the reason.
     reason = str(error).partition('WeightsUnpickler error: ')[2].partition('Check the doc')[0]
-    refused = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", reason or str(error))
+    refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)|but got <class '(\S+)'>",
+                        reason or str(error))
     if not refused:
         return CheckpointError(f'not a checkpoint: {path} is damaged or was not written by '
                                f'torch.save ({reason.strip() or first_line(error)}). Get or write '
