@@ -1,6 +1,7 @@
 """tools/analyze_channels.py as typed: reports of detectors and of a classifier, and refusals."""
 import importlib.util
 import json
+import os
 import re
 
 import cv2
@@ -117,7 +118,14 @@ class Perfect:
         return [sample.to_dict() for sample in data['data_samples']]
 
 
+def without_root(dataset):
+    root = dataset['data_root']
+    return dict(dataset, data_root=None, ann_file=os.path.join(root, dataset['ann_file']),
+                data_prefix=dict(img=os.path.join(root, dataset['data_prefix']['img'])))
+
+
 @pytest.mark.parametrize(('of_dataset', 'of_metric'), [
+    (without_root, dict),
     (dict, lambda metric: [metric, dict(metric, prefix='again')]),
     (dict, lambda metric: dict(metrics=[metric])),
     (lambda dataset: dict(type='ConcatDataset', datasets=[
