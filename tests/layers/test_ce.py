@@ -14,6 +14,7 @@ from helpers.layers import (
     random_input,
     same_state,
     state,
+    strengthened,
 )
 from torch import nn
 
@@ -269,6 +270,17 @@ class TestModes:
             y = ce(x)
             results.append((y, *torch.autograd.grad(y, x, grad), *ce.buffers()))
         torch.testing.assert_close(*results)
+
+    @pytest.mark.skipif(LEGACY, reason='torch 2.1 exports otherwise')
+    @pytest.mark.parametrize('identity_start', [False, True])
+    def test_exported_for_every_size(self, identity_start):
+        ce = strengthened(double(8, identity_start=identity_start))
+        ce(random_input(2, 8, 4, 4))
+        sizes = {2: torch.export.Dim('h', min=2, max=64), 3: torch.export.Dim('w', min=2, max=64)}
+        program = torch.export.export(ce.eval(), (random_input(2, 8, 5, 6), ),
+                                      dynamic_shapes={'x': sizes}).module()
+        for x in (random_input(2, 8, 5, 6), random_input(2, 8, 9, 3)):
+            torch.testing.assert_close(program(x), ce(x))
 
     def test_torch_func_in_evaluation(self):
         """Gradients of each sample's loss at once; training would have to write buffers."""
